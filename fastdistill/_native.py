@@ -1,0 +1,36 @@
+"""Loads the compiled modules once, and keeps the reason when one cannot be loaded."""
+
+from __future__ import annotations
+
+import importlib
+from functools import lru_cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch  # noqa: F401 - first: the kernels share the OpenMP runtime that torch has loaded
+
+
+class Loaded(NamedTuple):
+    """A compiled module, or the reason why there is none."""
+
+    module: ModuleType | None
+    reason: str | None
+
+
+def _load(name: str, hint: str) -> Loaded:
+    try:
+        return Loaded(importlib.import_module(f"fastdistill.{name}"), None)
+    except ImportError as error:
+        return Loaded(None, f"the compiled module fastdistill.{name} did not load ({error}); {hint}")
+
+
+@lru_cache(maxsize=None)
+def cpu() -> Loaded:
+    """The CPU kernels (csrc/cpu)."""
+    return _load("_cpu", "reinstall with a C++ compiler on the path to build it")
+
+
+@lru_cache(maxsize=None)
+def cuda() -> Loaded:
+    """The CUDA C++ kernels (csrc/cuda); they load without a GPU, and fail at launch there."""
+    return _load("_cuda", "it is built where nvcc is found at install time")

@@ -1,0 +1,108 @@
+"""The checks that every public function needs, each with its sentence.
+
+Each names the argument, what was expected and what came. They read shapes, types and Python
+numbers only, never the values of a tensor: those are checked where that costs no synchronisation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from numbers import Real
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def tensor(name: str, value: object) -> torch.Tensor:
+    """A dense torch.Tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+    return value
+
+
+def floating(name: str, value: object) -> torch.Tensor:
+    """A dense tensor of float32, bfloat16, float16 or float64."""
+    x = tensor(name, value)
+    if x.dtype not in FLOATS:
+        raise TypeError(
+            f"{name}: expected dtype float32, bfloat16, float16 or float64, got {x.dtype}"
+        )
+    return x
+
+
+def same_device(name: str, value: torch.Tensor, device: torch.device, like: str) -> None:
+    """`value` lives where `like` lives."""
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device} (that of {like}), got {value.device}")
+
+
+def same_shape(name: str, value: torch.Tensor, shape: Sequence[int], like: str) -> None:
+    """`value` has exactly this shape: nothing is broadcast."""
+    if value.shape != torch.Size(shape):
+        raise ValueError(
+            f"{name}: expected shape {list(shape)} ({like}), got {list(value.shape)}; "
+            "nothing is broadcast"
+        )
+
+
+def number(name: str, value: object) -> float:
+    """A finite Python number."""
+    if type(value) is not float:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        value = float(value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return value
+
+
+def positive(name: str, value: object) -> float:
+    """A finite Python number > 0."""
+    x = number(name, value)
+    if x <= 0:
+        raise ValueError(f"{name}: expected a number > 0, got {x}")
+    return x
+
+
+def fraction(name: str, value: object) -> float:
+    """A Python number in [0, 1]."""
+    x = number(name, value)
+    if not 0 <= x <= 1:
+        raise ValueError(f"{name}: expected a number in [0, 1], got {x}")
+    return x
+
+
+def integer(name: str, value: object) -> int:
+    """A Python int (not a bool)."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    return value
+
+
+def boolean(name: str, value: object) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+    return value
+
+
+def choice(name: str, value: object, allowed: Iterable[str]) -> str:
+    """One of a few words."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected a str, got {type(value).__name__}")
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}; got {value!r}")
+    return value
+
+
+def axis(name: str, value: object, ndim: int) -> int:
+    """A dimension of a tensor with `ndim` dimensions, made non-negative."""
+    dim = integer(name, value)
+    if not -ndim <= dim < ndim:
+        raise ValueError(f"{name}: expected a value in [{-ndim}, {ndim - 1}], got {dim}")
+    return dim % ndim

@@ -1,0 +1,252 @@
+"""`kd_loss`: validate, choose a backend, run the fused op as an autograd function."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastdistill import _backend, _native, _torch_private, _validate
+from fastdistill.kd import ops, reference
+
+REDUCTIONS = ("mean", "sum", "none", "batchmean")
+OP = "kd_loss"
+
+
+class KDLossParts(NamedTuple):
+    """The loss with its two parts: loss = hard_weight hard + soft_weight soft.
+
+    `hard` and `soft` are detached, reduced as the loss is, unweighted, T^2 included.
+    """
+
+    loss: Tensor
+    hard: Tensor
+    soft: Tensor
+
+
+class _KDLoss(torch.autograd.Function):
+    """The fused route: the gradient is made in the forward pass, backward only scales it."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        loss, hard, soft, grad, grad_scale = torch.ops.fastdistill.kd_fwd(student, *args)
+        ctx.backend = args[-1]
+        ctx.save_for_backward(grad, grad_scale)
+        ctx.mark_non_differentiable(hard, soft)
+        ctx.set_materialize_grads(False)
+        return loss, hard, soft
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * 17
+        grad, grad_scale = ctx.saved_tensors
+        args = (grad, grad_scale, grad_output, ctx.backend)
+        if torch.compiler.is_compiling() or _torch_private.graph_is_kept():
+            grad = torch.ops.fastdistill.kd_bwd(*args)
+        else:
+            torch.ops.fastdistill.kd_bwd_(*args)
+        return grad, *(None,) * 16
+
+
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    hard_weight: float = 0.0,
+    soft_weight: float = 1.0,
+    divergence: str = "forward_kl",
+    scale_t2: bool = True,
+    mask: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    dim: int = -1,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    return_parts: bool = False,
+) -> Tensor | KDLossParts:
+    """Knowledge-distillation loss, with its gradient computed in the same pass.
+
+    Per row, with student logits z_s and teacher logits z_t::
+
+        hard_weight CE(labels, softmax(z_s))
+        + soft_weight T^2 D(softmax(z_t / T), softmax(z_s / T))
+
+    (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2; its alpha and
+    beta are `hard_weight` and `soft_weight` here.)
+
+    Args:
+        student_logits: [..., V], classes on `dim`; float32, bfloat16, float16 or float64.
+        teacher_logits: the same shape, any of those dtypes; detached. Log-probabilities are
+            valid logits, so a black-box teacher's log-probabilities do as well.
+        labels: int64 [...] (the logits' shape without `dim`). Needed for the hard term. A row
+            whose label is `ignore_index` contributes to neither term, also at `hard_weight` 0: a
+            batch that is labelled only in part takes two calls (soft on all rows without labels;
+            hard on the labelled rows with `soft_weight=0`).
+        temperature: T > 0.
+        hard_weight: weight of the cross-entropy with the labels (at temperature 1).
+        soft_weight: weight of the divergence between teacher and student. A term of weight 0 is
+            not computed.
+        divergence: "forward_kl" KL(p_t || p_s), "reverse_kl" KL(p_s || p_t), or "cross_entropy"
+            H(p_t, p_s).
+        scale_t2: multiply the divergence by T^2 (DistilBERT, ModelOpt and torchvision-style code
+            do; TRL, Liger and NeMo-RL do not).
+        mask: bool [...]; True keeps the row.
+        row_weight: floating [...], >= 0; gets no gradient; 0 drops the row.
+        ignore_index: the label that drops a row.
+        label_smoothing: of the hard term, in [0, 1], as in `torch.nn.functional.cross_entropy`.
+        dim: the dimension of the classes. Rows may be strided; where the classes themselves are
+            not dense in memory, the logits are copied.
+        reduction: "mean": sum w l / sum w over the rows kept (w = `row_weight` or 1), or the sum
+            over `normalizer`; "sum"; "none": weighted rows [...], 0 where dropped; "batchmean":
+            the sum over logits.size(0), ignored rows counted (torch's meaning; at least 2
+            dimensions, the classes not first).
+        normalizer: a number or a scalar tensor > 0 that replaces the divisor of "mean", such as
+            the number of tokens in all the micro-batches of a step.
+        return_parts: return `KDLossParts` (loss, hard, soft).
+
+    Returns:
+        The loss, float32 (float64 if either input is); its gradient has the student's dtype. If
+        all rows are dropped it is 0 and differentiable. Exactly 0 divergence for identical
+        logits, and never a negative one. A NaN, a +inf or only -inf in a row gives NaN for that
+        row alone; -inf masks a class. Where the teacher has mass on a class that the student
+        masks, forward KL is +inf with gradient q - p; an infinite reverse KL has a NaN gradient.
+
+    Raises:
+        TypeError, ValueError: the argument's name, what was expected and what came. Values in
+            tensors (an out-of-range label, a negative weight) raise for tensors on the CPU; on a
+            GPU, under torch.compile with the reference, and under functorch transforms they give
+            NaN for that row instead, without synchronising.
+        RuntimeError: an explicitly requested backend cannot run the call; or a second derivative
+            of the fused loss is asked for (use `fastdistill.backend("reference")`; `torch.func`
+            transforms take it by themselves).
+    """
+    student = _validate.floating("student_logits", student_logits)
+    teacher = _validate.floating("teacher_logits", teacher_logits)
+    shape = student.shape
+    if teacher.shape != shape:
+        _validate.same_shape("teacher_logits", teacher, shape, "that of student_logits")
+    if student.ndim == 0:
+        raise ValueError("student_logits: expected at least 1 dimension (classes), got a scalar")
+    device = student.device
+    if teacher.device != device:
+        _validate.same_device("teacher_logits", teacher, device, "student_logits")
+    if dim != -1 or type(dim) is not int:
+        axis = _validate.axis("dim", dim, student.ndim)
+        if axis != student.ndim - 1:
+            student, teacher = student.movedim(axis, -1), teacher.movedim(axis, -1)
+    if student.shape[-1] == 0:
+        raise ValueError(f"student_logits: expected at least one class, got shape {list(shape)}")
+    rows = student.shape[:-1]
+
+    temperature = _validate.positive("temperature", temperature)
+    hard_weight = _validate.number("hard_weight", hard_weight)
+    soft_weight = _validate.number("soft_weight", soft_weight)
+    label_smoothing = _validate.fraction("label_smoothing", label_smoothing)
+    divergence = _validate.choice("divergence", divergence, reference.DIVERGENCES)
+    scale_t2 = _validate.boolean("scale_t2", scale_t2)
+    ignore_index = _validate.integer("ignore_index", ignore_index)
+    reduction = _validate.choice("reduction", reduction, REDUCTIONS)
+
+    if labels is not None:
+        _check_labels(labels, rows, device)
+    elif hard_weight != 0:
+        raise ValueError(f"labels: expected a tensor with hard_weight={hard_weight}, got None")
+    if mask is not None:
+        _check_per_row("mask", mask, rows, device)
+        if mask.dtype is not torch.bool:
+            raise TypeError(f"mask: expected dtype torch.bool (True keeps), got {mask.dtype}")
+    if row_weight is not None:
+        _check_per_row("row_weight", row_weight, rows, device)
+        _validate.floating("row_weight", row_weight)
+
+    divisor, scalar = _divisor(reduction, normalizer, shape, student.ndim, dim)
+    if reduction == "batchmean" or normalizer is not None:
+        reduction = "sum"
+
+    case = _backend.Case(
+        device.type, (student.dtype, teacher.dtype), _torch_private.transforms_active()
+    )
+    backend = _backend.choose(OP, case)
+    args = (
+        teacher, labels, mask, row_weight, scalar, temperature, hard_weight, soft_weight,
+        divergence, scale_t2, ignore_index, label_smoothing, reduction, divisor,
+    )  # fmt: skip
+    if backend == "reference":
+        loss, hard, soft = reference.kd_loss(student, *args)
+    elif student.requires_grad and torch.is_grad_enabled():
+        loss, hard, soft = _KDLoss.apply(student, *args, True, backend)
+    else:
+        loss, hard, soft = torch.ops.fastdistill.kd_fwd(student, *args, False, backend)[:3]
+    return KDLossParts(loss, hard, soft) if return_parts else loss
+
+
+def _check_per_row(name: str, value: object, rows: torch.Size, device: torch.device) -> None:
+    x = _validate.tensor(name, value)
+    if x.shape != rows:
+        _validate.same_shape(name, x, rows, "that of student_logits without the class dimension")
+    if x.device != device:
+        _validate.same_device(name, x, device, "student_logits")
+
+
+def _check_labels(labels: object, rows: torch.Size, device: torch.device) -> None:
+    x = _validate.tensor("labels", labels)
+    if x.dtype is not torch.int64:
+        if x.dtype.is_floating_point:
+            raise TypeError(
+                f"labels: expected class indices of dtype int64, got {x.dtype}; for class "
+                'probabilities pass their logarithm as teacher_logits with divergence="cross_entropy"'
+            )
+        raise TypeError(f"labels: expected class indices of dtype int64, got {x.dtype}")
+    _check_per_row("labels", x, rows, device)
+
+
+def _divisor(
+    reduction: str, normalizer: object, shape: torch.Size, ndim: int, dim: int
+) -> tuple[float, Tensor | None]:
+    """What the sum over rows is divided by: a number, or a scalar tensor that replaces it."""
+    if normalizer is not None:
+        if reduction != "mean":
+            raise ValueError(
+                f'normalizer: expected reduction="mean" with it, got reduction={reduction!r}'
+            )
+        if not isinstance(normalizer, Tensor):
+            return _validate.positive("normalizer", normalizer), None
+        if normalizer.ndim != 0 or normalizer.dtype.is_complex or normalizer.dtype is torch.bool:
+            raise TypeError(
+                "normalizer: expected a number or a scalar tensor, got shape "
+                f"{list(normalizer.shape)}, dtype {normalizer.dtype}"
+            )
+        return 1.0, normalizer
+    if reduction == "batchmean":
+        if ndim < 2 or dim % ndim == 0:
+            raise ValueError(
+                'reduction: expected at least 2 dimensions, classes not first, for "batchmean"; '
+                f"got shape {list(shape)} with dim={dim}"
+            )
+        return float(max(shape[0], 1)), None  # no rows: 0, not 0 / 0
+    return 1.0, None
+
+
+def _refuse_transforms(case: _backend.Case) -> str | None:
+    if case.transforms:
+        return (
+            "the fused kernels have one derivative, in reverse mode; functorch transforms and "
+            'forward-mode AD run on backend("reference")'
+        )
+    return None
+
+
+def _refuse_cpu(case: _backend.Case) -> str | None:
+    if case.device != "cpu":
+        return f"it runs on tensors on the CPU, not on {case.device}"
+    return _native.cpu().reason or _refuse_transforms(case)
+
+
+_backend.register(OP, {"cpu": _refuse_cpu, "reference": lambda case: None})
