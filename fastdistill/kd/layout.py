@@ -18,7 +18,7 @@ def strided_rows(x: Tensor) -> tuple[Tensor, int, int]:
     shape, strides = x.shape, x.stride()
     dense = shape[-1] == 1 or strides[-1] == 1
     for i in range(len(shape) - 3):
-        dense = dense and (shape[i] == 1 or strides[i] == strides[i + 1] * shape[i + 1])
+        dense = dense and strides[i] == strides[i + 1] * shape[i + 1]
     if not dense:
         x = x.contiguous()
         strides = x.stride()
