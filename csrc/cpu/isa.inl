@@ -1,0 +1,20 @@
+// Everything that is compiled once per instruction set. The including file defines FD_ISA, the
+// namespace, and is compiled with the flags of that set. No STL in here: the linker could pick an
+// inline function of the standard library that was compiled for a newer processor.
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+#include "kd.h"
+
+namespace fd {
+namespace FD_ISA {
+
+#include "math.inl"
+#include "rows.inl"
+#include "kd.inl"
+
+extern const KdKernels kd_kernels;
+const KdKernels kd_kernels = {kd_scratch_bytes, kd_group_rows, kd_forward, kd_scale};
+
+}  // namespace FD_ISA
+}  // namespace fd

@@ -1,0 +1,50 @@
+// What the kd kernels are given: raw pointers, sizes and strides. No torch, no Python.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace fd {
+
+enum class Type : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+enum class Divergence : int { none = 0, forward_kl = 1, reverse_kl = 2, cross_entropy = 3 };
+enum class Reduction : int { none = 0, sum = 1, mean = 2 };
+
+struct Rows {  // row r of a strided [..., V] tensor starts at (r / inner) * outer + (r % inner) * step
+  const void* data;
+  Type type;
+  int64_t outer, step;  // in elements
+};
+
+struct KdArgs {
+  Rows student, teacher;
+  int64_t rows, cols, inner;
+  const int64_t* labels;    // [rows], or null without a hard term
+  const double* row_scale;  // [rows]: weight over divisor; 0 drops the row
+  double temperature, hard_weight, soft_weight, label_smoothing;
+  Divergence divergence;  // none where soft_weight is 0
+  bool scale_t2;
+  void* grad;         // [rows, cols] contiguous in the student's type, or null
+  float* grad_scale;  // [rows] for f16: what `grad` still has to be multiplied by; else null
+  bool stream;        // the gradient is larger than the caches: write past them
+  double* hard;       // [rows] out: the parts of each row, T^2 included, no weight
+  double* soft;
+};
+
+struct ScaleArgs {  // out = in * factor of the row, for the backward pass
+  const void* in;
+  void* out;  // == in for the in-place form
+  Type type;
+  int64_t rows, cols;
+  const double* factor;  // [rows], or [1] where `uniform`
+  bool uniform, stream;
+};
+
+// One per instruction set; `scratch` belongs to one thread and is 64-byte aligned.
+struct KdKernels {
+  size_t (*scratch_bytes)(const KdArgs&);
+  int64_t (*group_rows)(const KdArgs&);
+  void (*forward)(const KdArgs&, int64_t begin, int64_t end, void* scratch);
+  void (*scale)(const ScaleArgs&, int64_t begin, int64_t end);
+};
+
+}  // namespace fd

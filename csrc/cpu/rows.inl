@@ -1,0 +1,168 @@
+// Rows of logits into arithmetic and back: element types, padding, streaming stores.
+// Included once per instruction set, inside that set's namespace.
+
+constexpr int kLanes = 16;  // every inner loop runs over a multiple of this: no scalar remainder
+
+FD_INLINE int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+FD_INLINE float from_f16(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
+  const float magnitude =
+      from_bits<float>(static_cast<int32_t>((h & 0x7fffu) << 13)) * 5.192296858534828e33f;  // 2^112
+  const uint32_t special = magnitude >= 65536.0f ? 0x7f800000u : 0u;  // inf and NaN
+  return from_bits<float>(
+      static_cast<int32_t>(static_cast<uint32_t>(bits_of<float>(magnitude)) | special | sign));
+}
+
+FD_INLINE uint16_t to_f16(float x) {  // round to nearest even
+  const uint32_t bits = static_cast<uint32_t>(bits_of<float>(x));
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Below 2^-14 the sum with 0.5 rounds to a multiple of 2^-24 in its last place.
+  const uint32_t small =
+      static_cast<uint32_t>(bits_of<float>(
+          from_bits<float>(static_cast<int32_t>(magnitude)) + 0.5f)) - 0x3f000000u;
+  uint32_t h = magnitude < 0x38800000u ? small : normal;
+  h = magnitude >= 0x477ff000u ? 0x7c00u : h;  // rounds to 65536 and above: inf
+  h = magnitude > 0x7f800000u ? 0x7e00u : h;   // NaN
+  return static_cast<uint16_t>(h | sign);
+}
+
+FD_INLINE float from_bf16(uint16_t h) {
+  return from_bits<float>(static_cast<int32_t>(static_cast<uint32_t>(h) << 16));
+}
+
+FD_INLINE uint16_t to_bf16(float x) {  // round to nearest even
+  const uint32_t bits = static_cast<uint32_t>(bits_of<float>(x));
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+FD_INLINE int64_t size_of(Type type) {
+  return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2;
+}
+
+static const void* row_start(const Rows& rows, int64_t row, int64_t inner) {
+  const int64_t element = (row / inner) * rows.outer + (row % inner) * rows.step;
+  return static_cast<const char*>(rows.data) + element * size_of(rows.type);
+}
+
+template <class R>
+static R element(Type type, const void* row, int64_t i) {
+  switch (type) {
+    case Type::f32:
+      return static_cast<R>(static_cast<const float*>(row)[i]);
+    case Type::f64:
+      return static_cast<R>(static_cast<const double*>(row)[i]);
+    case Type::bf16:
+      return static_cast<R>(from_bf16(static_cast<const uint16_t*>(row)[i]));
+    case Type::f16:
+      return static_cast<R>(from_f16(static_cast<const uint16_t*>(row)[i]));
+  }
+  return R(0);
+}
+
+template <class R>
+struct TypeOf {
+  static constexpr Type value = sizeof(R) == 8 ? Type::f64 : Type::f32;
+};
+
+// Elements [first, first + n) of a row as R, padded with -inf to a multiple of kLanes. Returns
+// the row itself where nothing has to change, else `buffer`.
+template <class R>
+static const R* load(Type type, const void* row, int64_t first, int64_t n, R* buffer,
+                     bool always_copy) {
+  if (type == TypeOf<R>::value) {
+    const R* x = static_cast<const R*>(row) + first;
+    if (!always_copy && n % kLanes == 0) return x;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) buffer[i] = x[i];
+  } else if (type == Type::bf16) {
+    const uint16_t* x = static_cast<const uint16_t*>(row) + first;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) buffer[i] = static_cast<R>(from_bf16(x[i]));
+  } else if (type == Type::f16) {
+    const uint16_t* x = static_cast<const uint16_t*>(row) + first;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) buffer[i] = static_cast<R>(from_f16(x[i]));
+  } else {
+    const float* x = static_cast<const float*>(row) + first;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) buffer[i] = static_cast<R>(x[i]);
+  }
+  for (int64_t i = n; i < padded(n); i++) buffer[i] = -static_cast<R>(__builtin_inf());
+  return buffer;
+}
+
+// Writes past the caches in full lines; the callers fence once at the end (`stream_fence`).
+static void stream_copy(char* to, const char* from, int64_t bytes) {
+#if defined(__AVX512F__)
+  constexpr int64_t line = 64;
+#elif defined(__AVX__)
+  constexpr int64_t line = 32;
+#else
+  constexpr int64_t line = 16;
+#endif
+  int64_t head = -reinterpret_cast<intptr_t>(to) & (line - 1);
+  head = head < bytes ? head : bytes;
+  __builtin_memcpy(to, from, static_cast<size_t>(head));
+  int64_t i = head;
+#if defined(__AVX512F__)
+  for (; i + line <= bytes; i += line)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+#elif defined(__AVX__)
+  for (; i + line <= bytes; i += line)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+#elif defined(__SSE2__)
+  for (; i + line <= bytes; i += line)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+#endif
+  __builtin_memcpy(to + i, from + i, static_cast<size_t>(bytes - i));
+}
+
+static void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// Elements [first, first + n) of a row from `x`, rounded to nearest. `x` is overwritten where the
+// type is narrower.
+template <class R>
+static void store(Type type, void* row, int64_t first, int64_t n, R* x, bool stream) {
+  char* to = static_cast<char*>(row) + first * size_of(type);
+  uint16_t* narrow = reinterpret_cast<uint16_t*>(x);
+  if (type == Type::bf16) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+      uint16_t lane[kLanes];
+#pragma omp simd
+      for (int j = 0; j < kLanes; j++) lane[j] = to_bf16(static_cast<float>(x[i + j]));
+      __builtin_memcpy(narrow + i, lane, sizeof lane);
+    }
+  } else if (type == Type::f16) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+      uint16_t lane[kLanes];
+#pragma omp simd
+      for (int j = 0; j < kLanes; j++) lane[j] = to_f16(static_cast<float>(x[i + j]));
+      __builtin_memcpy(narrow + i, lane, sizeof lane);
+    }
+  } else if (type == Type::f32 && sizeof(R) == 8) {
+    float* single = reinterpret_cast<float*>(x);
+    for (int64_t i = 0; i < n; i += kLanes) {
+      float lane[kLanes];
+#pragma omp simd
+      for (int j = 0; j < kLanes; j++) lane[j] = static_cast<float>(x[i + j]);
+      __builtin_memcpy(single + i, lane, sizeof lane);
+    }
+  }
+  const char* from = reinterpret_cast<const char*>(x);
+  const int64_t bytes = n * size_of(type);
+  if (stream) {
+    stream_copy(to, from, bytes);
+  } else {
+    __builtin_memcpy(to, from, static_cast<size_t>(bytes));
+  }
+}
