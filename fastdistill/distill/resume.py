@@ -1,0 +1,90 @@
+"""Start a job, or continue the one in the directory: never a mixture of two."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fastdistill.distill import environment
+from fastdistill.distill.config import Config
+from fastdistill.distill.data import Dataset
+from fastdistill.distill.directory import Directory, differences
+from fastdistill.distill.errors import JobError
+from fastdistill.distill.listener import Listener
+
+
+def as_before(config: Config, explicit: Collection[str], earlier: dict[str, Any]) -> Config:
+    """The earlier run's settings.
+
+    Args:
+        config: the settings now, its device resolved.
+        explicit: names of those that the user gave: they must agree with the earlier run's. But
+            `data` may have moved; `begin` compares its content.
+        earlier: the manifest.
+
+    Raises:
+        JobError: names every setting that differs.
+    """
+    now = config.settings()
+    given = {key: now[key] for key in now if key in explicit and key != "data"}
+    _refuse(config.out, differences(earlier["settings"], given))
+    kept = dict(earlier["settings"])
+    if "data" in explicit:
+        del kept["data"]
+    return replace(config, **kept)
+
+
+def begin(
+    directory: Directory,
+    config: Config,
+    data: Dataset,
+    earlier: dict[str, Any] | None,
+    files: Iterable[str],
+    listener: Listener,
+) -> str:
+    """Check that the data are the earlier run's, or start a new job; the job's id.
+
+    Args:
+        directory: locked.
+        config: all settings.
+        data: loaded.
+        earlier: the manifest of the run to continue, None for a new job.
+        files: names of the checkpoints that the job will write.
+        listener: is told which of the two it is.
+
+    Raises:
+        JobError: other data than before, or files in the way that no job wrote.
+    """
+    versions = environment.versions()
+    if earlier is None:
+        if directory.manifest.exists():
+            listener.say(f"Starting over: replacing the earlier run in {config.out}.")
+        facts = {
+            "settings": config.settings(),
+            "data_sha256": data.source.sha256,
+            "threads": torch.get_num_threads(),
+            "versions": versions,
+        }
+        return directory.start(files, facts)
+    if earlier["data_sha256"] != data.source.sha256:
+        was, now = earlier["settings"]["data"], config.data
+        changed = f"{was} in the earlier run, now {now}" if was != now else f"{now} has changed"
+        _refuse(config.out, [f"data: {changed}"])
+    for package, version in versions.items():
+        was = earlier["versions"].get(package)
+        if was != version:
+            listener.say(f"Note: the run began with {package} {was}; this is {version}.")
+    listener.say(f"Continuing the run in {config.out}.")
+    return str(earlier["run"])
+
+
+def _refuse(out: str, changes: list[str]) -> None:
+    if changes:
+        raise JobError(
+            f"The run in {out} cannot be resumed with other settings.",
+            "\n".join(changes) + ".",
+            "Leave these settings out to continue it, or leave out --resume to start over.",
+        )

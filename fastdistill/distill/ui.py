@@ -1,0 +1,87 @@
+"""The terminal: progress bars on standard error, the summary on standard output."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fastdistill.distill import report
+from fastdistill.distill.listener import Listener
+from fastdistill.distill.snapshot import Curve
+
+
+class Terminal(Listener):
+    """Two bars: all epochs of the job, and those of the network in training.
+
+    Where standard error is no terminal, one line per finished network instead.
+    """
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} epochs"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.total: TaskID | None = None
+        self.current: tuple[str, TaskID] | None = None
+
+    def __enter__(self) -> Terminal:
+        self.bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bars.stop()
+
+    def say(self, text: str) -> None:
+        """One line above the bars."""
+        self.bars.console.print(text, markup=False, soft_wrap=True)
+
+    def begin(self, epochs: int) -> None:
+        """Show the bar of the whole job."""
+        self.total = self.bars.add_task("all networks", total=epochs, figures="")
+
+    def progress(self, network: str, epochs: int, curve: Curve) -> None:
+        """Move both bars; a line for a network that is finished."""
+        figures = f"accuracy {curve[-1]['accuracy']:.1%}" if curve else ""
+        if self.current is None or self.current[0] != network:
+            if self.current is not None:
+                self.bars.remove_task(self.current[1])
+            task = self.bars.add_task(network, total=epochs, figures=figures)
+            self.current, self.done = (network, task), 0
+        self.bars.update(self.current[1], completed=len(curve), figures=figures)
+        if self.total is not None:
+            self.bars.advance(self.total, len(curve) - self.done)
+        self.done = len(curve)
+        if len(curve) == epochs:
+            self.say(f"{network}: {figures}")
+
+    done = 0  # epochs of the current network that the bar of the whole job has counted
+
+
+def summary(figures: dict[str, Any], out: str) -> None:
+    """Print the table, its notes and where everything is."""
+    console = Console(highlight=False)
+    table = Table(*report.HEADINGS, box=box.SIMPLE_HEAD, pad_edge=False)  # fits in 80 columns
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in report.table(figures):
+        table.add_row(*row)
+    console.print(table)
+    for line in (*report.notes(figures), figures["data"]["licence"]):
+        console.print(line, markup=False)
+    console.print(f"Report: {out}/report.html", markup=False, soft_wrap=True)
