@@ -181,8 +181,13 @@ def _head(start, shift, cols, VEC: tl.constexpr, ENDS: tl.constexpr):
 
 
 @triton.jit
-def _first_vector(ptr, ALIGNED: tl.constexpr):
-    if ALIGNED:  # what makes the accesses 128 bits wide
+def _first_vector(ptr, at, ALIGNED: tl.constexpr, VEC: tl.constexpr):
+    """The pointer to element `at`. The hint makes accesses from there 128 bits wide.
+
+    It is on a value made here: on an argument it would be lost when the function is inlined.
+    """
+    ptr = ptr + at
+    if ALIGNED and VEC > 1:
         if len(ptr.shape) == 0:
             ptr = tl.multiple_of(ptr, 16)
         else:
@@ -209,7 +214,7 @@ def _label(labels_ptr, s_ptr, start, row, kept, cols, DTYPE: tl.constexpr):
     label = tl.load(labels_ptr + row, mask=kept, other=0)
     inside = kept & (label >= 0) & (label < cols)
     picked = tl.load(s_ptr + start + label, mask=inside, other=0.0).to(DTYPE)
-    return label, picked
+    return label.to(tl.int32), picked
 
 
 @triton.jit
@@ -265,13 +270,46 @@ def _store_parts(
 
 @triton.jit
 def _max_row(x):
-    """Over the classes of each row of [ROWS, LANES, VEC]: [ROWS, 1, 1]."""
-    return tl.max(tl.max(x, 2, keep_dims=True), 1, keep_dims=True)
+    """Over the classes: [ROWS, LANES, VEC] to [ROWS, 1, 1], [LANES, VEC] to a scalar."""
+    if len(x.shape) == 3:
+        m = tl.max(tl.max(x, 2, keep_dims=True), 1, keep_dims=True)
+    else:
+        m = tl.max(tl.max(x, 1), 0)
+    return m
 
 
 @triton.jit
 def _sum_row(x):
-    return tl.sum(tl.sum(x, 2, keep_dims=True), 1, keep_dims=True)
+    """As `_max_row`."""
+    if len(x.shape) == 3:
+        a = tl.sum(tl.sum(x, 2, keep_dims=True), 1, keep_dims=True)
+    else:
+        a = tl.sum(tl.sum(x, 1), 0)
+    return a
+
+
+@triton.jit
+def _program_rows(ROWS: tl.constexpr):
+    """This program's rows, int64: a scalar, or [ROWS, 1, 1].
+
+    One row is not a tile of one: such tiles fold into scalars, and hints of rank 3 with them,
+    which ends the compiler (Triton 3.7).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    if ROWS > 1:
+        row = row * ROWS + tl.arange(0, ROWS)[:, None, None]
+    return row
+
+
+@triton.jit
+def _vectors(ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
+    """(lane, element) of each element of a tile, [LANES, VEC] or [ROWS, LANES, VEC]."""
+    lane = tl.arange(0, LANES)[:, None]
+    element = lane * VEC + tl.arange(0, VEC)[None, :]
+    if ROWS > 1:
+        lane = lane[None, :, :]
+        element = element[None, :, :]
+    return lane, element
 
 
 @triton.jit
@@ -320,35 +358,37 @@ def _kd_rows_kernel(
     smoothing = _scalar(label_smoothing, DTYPE)
     uniform = smoothing / cols
 
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None, None]
+    row = _program_rows(ROWS)
     valid = row < rows
     row_scale = tl.load(row_scale_ptr + row, mask=valid, other=0.0)
     kept = row_scale != 0.0
     s_start = _row_start(row, inner, s_outer, s_step, NESTED)
     t_start = _row_start(row, inner, t_outer, t_step, NESTED)
     g_start = row * cols
-    if GRAD:  # narrow loads cost less than narrow stores, so the gradient says where vectors begin
+    if GRAD:  # narrow stores would cost more than narrow loads
         head = _head(g_start, g_shift, cols, VEC, ENDS)
     else:
         head = _head(s_start, s_shift, cols, VEC, ENDS)
     vectors = (cols - head) // VEC
-    lane = tl.arange(0, LANES)[None, :, None]
-    offset = lane * VEC + tl.arange(0, VEC)[None, None, :]
+    lane, offset = _vectors(ROWS, LANES, VEC)
     inside = lane < vectors
+    read = tl.where(kept, inside, False)
+    write = tl.where(valid, inside, False)
 
-    s = _load(_first_vector(s_ptr + (s_start + head), S_LIKE_G) + offset, kept & inside, DTYPE)
+    s = _load(_first_vector(s_ptr, s_start + head, S_LIKE_G, VEC) + offset, read, DTYPE)
     m_s = _max_row(s)
     t = s
     if DIVERGENCE != NO_DIVERGENCE:
-        t = _load(_first_vector(t_ptr + (t_start + head), T_LIKE_G) + offset, kept & inside, DTYPE)
+        t = _load(_first_vector(t_ptr, t_start + head, T_LIKE_G, VEC) + offset, read, DTYPE)
     m_t = _max_row(t)
     if ENDS:
         end, outside = _ends(head, vectors, cols, VEC)
-        s_end = _load(s_ptr + (s_start + end), kept & outside, DTYPE)
+        read_end = tl.where(kept, outside, False)
+        s_end = _load(s_ptr + (s_start + end), read_end, DTYPE)
         m_s = tl.maximum(m_s, _max_row(s_end))
         t_end = s_end
         if DIVERGENCE != NO_DIVERGENCE:
-            t_end = _load(t_ptr + (t_start + end), kept & outside, DTYPE)
+            t_end = _load(t_ptr + (t_start + end), read_end, DTYPE)
             m_t = tl.maximum(m_t, _max_row(t_end))
 
     sum_s = _sum_row(tl.exp2((s - m_s) * scale))
@@ -374,7 +414,7 @@ def _kd_rows_kernel(
         mean = _finite_mean(mean, r_t)
     factor = row_scale
     if SCALED:
-        bound = tl.zeros_like(mean) + 1.0
+        bound = tl.zeros_like(sum_s) + 1.0
         if DIVERGENCE == REVERSE_KL:
             bound = _peak(s, t, m_s, r_s, mean, scale)
             if ENDS:
@@ -387,7 +427,7 @@ def _kd_rows_kernel(
     g_soft = slope_factor * factor
     g_hard = hard_weight * factor
 
-    label = row
+    label = -1
     hard = tl.zeros_like(sum_s)
     if HARD:
         label, picked = _label(labels_ptr, s_ptr, s_start, row, kept, cols, DTYPE)
@@ -405,7 +445,7 @@ def _kd_rows_kernel(
     soft = _sum_row(term)
     if GRAD:
         gradient = tl.where(kept, gradient, 0.0).to(g_ptr.dtype.element_ty)
-        tl.store(_first_vector(g_ptr + (g_start + head), True) + offset, gradient, valid & inside)
+        tl.store(_first_vector(g_ptr, g_start + head, True, VEC) + offset, gradient, write)
     if ENDS:
         term, gradient = _tile(
             s_end, t_end, end, label, m_s, m_t, r_s, r_t, 1.0 / sum_1, log_ratio, log_sum, mean,
@@ -414,7 +454,7 @@ def _kd_rows_kernel(
         soft += _sum_row(term)
         if GRAD:
             gradient = tl.where(kept, gradient, 0.0).to(g_ptr.dtype.element_ty)
-            tl.store(g_ptr + (g_start + end), gradient, valid & outside)
+            tl.store(g_ptr + (g_start + end), gradient, tl.where(valid, outside, False))
     soft = soft * _scalar(part_factor, DTYPE)
     _store_parts(
         loss_ptr, hard_ptr, soft_ptr, row, valid, row_scale, hard, soft, hard_weight, soft_weight,
@@ -475,13 +515,7 @@ def _kd_blocks_kernel(
     s_start = _row_start(row, inner, s_outer, s_step, NESTED)
     t_start = _row_start(row, inner, t_outer, t_step, NESTED)
     g_start = row * cols
-    lane = tl.arange(0, LANES)
-    offset = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    if GRAD:
-        g_head = _head(g_start, g_shift, cols, VEC, ENDS)
-        g_vectors = (cols - g_head) // VEC
-        g_body = _first_vector(g_ptr + (g_start + g_head), True)
-        g_end, g_outside = _ends(g_head, g_vectors, cols, VEC)
+    lane, offset = _vectors(1, LANES, VEC)
     hard = _scalar(0.0, DTYPE)
     soft = _scalar(0.0, DTYPE)
 
@@ -489,8 +523,8 @@ def _kd_blocks_kernel(
         # The sums.
         head = _head(s_start, s_shift, cols, VEC, ENDS)
         vectors = (cols - head) // VEC
-        s_body = _first_vector(s_ptr + (s_start + head), True)
-        t_body = _first_vector(t_ptr + (t_start + head), T_LIKE_S)
+        s_body = _first_vector(s_ptr, s_start + head, True, VEC)
+        t_body = _first_vector(t_ptr, t_start + head, T_LIKE_S, VEC)
         m_s = tl.full((LANES,), -float("inf"), DTYPE)
         m_t = m_s
         a_s = tl.zeros((LANES,), DTYPE)
@@ -500,7 +534,7 @@ def _kd_blocks_kernel(
         peak = a_s  # the largest e |s - t|
         m_out = m_s  # the largest s where t is -inf
         for first in range(0, vectors, LANES):
-            inside = (first + lane < vectors)[:, None]
+            inside = first + lane < vectors
             at = first * VEC + offset
             s = _load(s_body + at, inside, DTYPE)
             before = m_s
@@ -526,33 +560,33 @@ def _kd_blocks_kernel(
                         peak = tl.maximum(peak * rescale, tl.max(tl.abs(d), 1))
 
         end, outside = _ends(head, vectors, cols, VEC)
-        s = _load(s_ptr + (s_start + end), outside, DTYPE)
+        s_end = _load(s_ptr + (s_start + end), outside, DTYPE)
         lanes = m_s
-        m_s = tl.maximum(tl.max(lanes, 0), tl.max(s))
-        sum_s = _join_lanes(a_s, lanes, s, m_s, scale)
+        m_s = tl.maximum(tl.max(lanes, 0), tl.max(s_end))
+        sum_s = _join_lanes(a_s, lanes, s_end, m_s, scale)
         sum_1 = sum_s
         if HARD and not UNIT:
-            sum_1 = _join_lanes(a_1, lanes, s, m_s, LOG2E)
+            sum_1 = _join_lanes(a_1, lanes, s_end, m_s, LOG2E)
         sum_t = sum_s
         top_t = m_s
         mean = hard
         bound = hard + 1.0
         r_s = 1.0 / sum_s
         if DIVERGENCE != NO_DIVERGENCE:
-            t = _load(t_ptr + (t_start + end), outside, DTYPE)
-            top_t = tl.maximum(tl.max(m_t, 0), tl.max(t))
-            sum_t = _join_lanes(a_t, m_t, t, top_t, scale)
+            t_end = _load(t_ptr + (t_start + end), outside, DTYPE)
+            top_t = tl.maximum(tl.max(m_t, 0), tl.max(t_end))
+            sum_t = _join_lanes(a_t, m_t, t_end, top_t, scale)
             if REVERSE:
-                e = tl.exp2((s - m_s) * scale)
-                d = e * _clipped_difference(s, t, e)
-                rescale = tl.exp2((lanes - m_s) * scale)
-                mean = (tl.sum(a_d * rescale, 0) + tl.sum(d)) * r_s
-                out = tl.where(t == -float("inf"), s, -float("inf"))
-                m_out_row = tl.maximum(tl.max(m_out, 0), tl.max(out))
+                e_end = tl.exp2((s_end - m_s) * scale)
+                d_end = e_end * _clipped_difference(s_end, t_end, e_end)
+                share = tl.exp2((lanes - m_s) * scale)
+                mean = (tl.sum(a_d * share, 0) + tl.sum(d_end)) * r_s
+                out_end = tl.where(t_end == -float("inf"), s_end, -float("inf"))
+                m_out_row = tl.maximum(tl.max(m_out, 0), tl.max(out_end))
                 infinite = tl.exp2((m_out_row - m_s) * scale) * r_s > 0.0
                 mean = _finite_mean(tl.where(infinite, float("inf"), mean), 1.0 / sum_t)
                 if SCALED:
-                    largest = tl.maximum(tl.max(peak * rescale, 0), tl.max(tl.abs(d)))
+                    largest = tl.maximum(tl.max(peak * share, 0), tl.max(tl.abs(d_end)))
                     bound = (largest * r_s + tl.abs(mean)) * inv_temp
         r_t = 1.0 / sum_t
         r_1 = 1.0 / sum_1
@@ -566,24 +600,24 @@ def _kd_blocks_kernel(
             tl.store(grad_scale_ptr + row, to_store)
         g_soft = slope_factor * factor
         g_hard = hard_weight * factor
-        label = row
+        label = -1
         if HARD:
             label, picked = _label(labels_ptr, s_ptr, s_start, row, row_scale != 0.0, cols, DTYPE)
 
         # The terms and the gradient.
-        if GRAD:
-            head = g_head
-            vectors = g_vectors
-            end = g_end
-            outside = g_outside
-        s_body = _first_vector(s_ptr + (s_start + head), S_LIKE_G)
-        t_body = _first_vector(t_ptr + (t_start + head), T_LIKE_G)
+        if GRAD:  # narrow stores would cost more than narrow loads
+            head = _head(g_start, g_shift, cols, VEC, ENDS)
+            vectors = (cols - head) // VEC
+            g_body = _first_vector(g_ptr, g_start + head, True, VEC)
+            end, outside = _ends(head, vectors, cols, VEC)
+        s_body = _first_vector(s_ptr, s_start + head, S_LIKE_G, VEC)
+        t_body = _first_vector(t_ptr, t_start + head, T_LIKE_G, VEC)
         terms = tl.zeros((LANES,), DTYPE)
         excesses = tl.zeros((LANES,), DTYPE)
         excess = hard
         if GRAD or SMOOTH or DIVERGENCE != NO_DIVERGENCE:
             for first in range(0, vectors, LANES):
-                inside = (first + lane < vectors)[:, None]
+                inside = first + lane < vectors
                 at = first * VEC + offset
                 s = _load(s_body + at, inside, DTYPE)
                 t = s
@@ -599,29 +633,33 @@ def _kd_blocks_kernel(
                     excesses += tl.sum(tl.where(inside, m_s - s, 0.0), 1)
                 if GRAD:
                     tl.store(g_body + at, gradient.to(g_ptr.dtype.element_ty), inside)
-            s = _load(s_ptr + (s_start + end), outside, DTYPE)
-            t = s
+            s_end = _load(s_ptr + (s_start + end), outside, DTYPE)
+            t_end = s_end
             if DIVERGENCE != NO_DIVERGENCE:
-                t = _load(t_ptr + (t_start + end), outside, DTYPE)
-            term, gradient = _tile(
-                s, t, end, label, m_s, top_t, r_s, r_t, r_1, log_ratio, log_sum, mean,
+                t_end = _load(t_ptr + (t_start + end), outside, DTYPE)
+            term_end, gradient_end = _tile(
+                s_end, t_end, end, label, m_s, top_t, r_s, r_t, r_1, log_ratio, log_sum, mean,
                 g_soft, g_hard, smoothing, uniform, scale, inv_temp, DIVERGENCE, HARD, UNIT, DTYPE,
             )  # fmt: skip
-            soft = (tl.sum(terms, 0) + tl.sum(term)) * _scalar(part_factor, DTYPE)
+            soft = (tl.sum(terms, 0) + tl.sum(term_end)) * _scalar(part_factor, DTYPE)
             if SMOOTH:
-                excess = tl.sum(excesses, 0) + tl.sum(tl.where(outside, m_s - s, 0.0))
+                excess = tl.sum(excesses, 0) + tl.sum(tl.where(outside, m_s - s_end, 0.0))
             if GRAD:
-                tl.store(g_ptr + (g_start + end), gradient.to(g_ptr.dtype.element_ty), outside)
+                gradient_end = gradient_end.to(g_ptr.dtype.element_ty)
+                tl.store(g_ptr + (g_start + end), gradient_end, outside)
         if HARD:
             hard = _hard_part(picked, m_s, tl.log(sum_1), excess, smoothing, uniform, SMOOTH)
     else:
         if SCALED:
             tl.store(grad_scale_ptr + row, 0.0)
         if GRAD:
-            for first in range(0, g_vectors, LANES):
-                inside = (first + lane < g_vectors)[:, None]
-                tl.store(g_body + first * VEC + offset, 0.0, inside)
-            tl.store(g_ptr + (g_start + g_end), 0.0, g_outside)
+            head = _head(g_start, g_shift, cols, VEC, ENDS)
+            vectors = (cols - head) // VEC
+            g_body = _first_vector(g_ptr, g_start + head, True, VEC)
+            end, outside = _ends(head, vectors, cols, VEC)
+            for first in range(0, vectors, LANES):
+                tl.store(g_body + (first * VEC + offset), 0.0, first + lane < vectors)
+            tl.store(g_ptr + (g_start + end), 0.0, outside)
     _store_parts(
         loss_ptr, hard_ptr, soft_ptr, row, row < rows, row_scale, hard, soft,
         hard_weight, soft_weight, DIVERGENCE, HARD,
@@ -630,6 +668,21 @@ def _kd_blocks_kernel(
 
 # ----------------------------------------------------------------------------------------------
 # The backward.
+
+
+@triton.jit
+def _all_one(factor):
+    changed = (factor != 1.0).to(tl.int32)
+    if len(factor.shape) == 3:
+        changed = tl.max(changed)
+    return changed == 0
+
+
+@triton.jit
+def _longest(vectors):
+    if len(vectors.shape) == 3:
+        vectors = tl.max(vectors)
+    return vectors
 
 
 @triton.jit(do_not_specialize=["total", "rows", "cols", "shift"])
@@ -644,7 +697,7 @@ def _kd_scale_kernel(
     DTYPE: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """out = grad times each row's factor; rows of `cols` elements, the last one maybe shorter."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None, None]
+    row = _program_rows(ROWS)
     valid = row < rows
     if PER_ROW:
         factor = tl.load(grad_output_ptr + row, mask=valid, other=1.0).to(DTYPE)
@@ -654,17 +707,16 @@ def _kd_scale_kernel(
         factor *= tl.load(grad_scale_ptr + row, mask=valid, other=1.0).to(DTYPE)
     idle = False
     if IN_PLACE:
-        idle = tl.max((factor != 1.0).to(tl.int32)) == 0
+        idle = _all_one(factor)
     if not idle:
         start = row * cols
         length = tl.maximum(tl.minimum(total - start, cols), 0).to(tl.int32)
         head = _head(start, shift, length, VEC, ENDS)
         vectors = (length - head) // VEC
-        lane = tl.arange(0, LANES)[None, :, None]
-        offset = lane * VEC + tl.arange(0, VEC)[None, None, :]
-        source = _first_vector(grad_ptr + (start + head), ALIGNED)
-        target = _first_vector(out_ptr + (start + head), True)
-        for first in range(0, tl.max(vectors), LANES):
+        lane, offset = _vectors(ROWS, LANES, VEC)
+        source = _first_vector(grad_ptr, start + head, ALIGNED, VEC)
+        target = _first_vector(out_ptr, start + head, True, VEC)
+        for first in range(0, _longest(vectors), LANES):
             inside = first + lane < vectors
             x = tl.load(source + (first * VEC + offset), mask=inside).to(DTYPE) * factor
             tl.store(target + (first * VEC + offset), x.to(out_ptr.dtype.element_ty), inside)
@@ -681,46 +733,66 @@ _TL_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 class Config(NamedTuple):
-    """How a kernel is launched."""
+    """How a forward kernel is launched."""
 
     cols: int  # the most classes it is for
     in_registers: bool  # _kd_rows_kernel, or else _kd_blocks_kernel
     block: int  # elements of a tile: of one block, or of all the rows of a program
     warps: int
+    reverse: bool = True  # also for reverse KL, which keeps more values alive
 
 
 _ANY = 1 << 62
-CONFIGS: dict[tuple[str, int], tuple[Config, ...]] = {
-    ("nvidia", 2): (
-        Config(256, True, 1024, 2),
-        Config(2048, True, 2048, 4),
-        Config(4096, True, 4096, 8),
-        Config(8192, True, 8192, 16),
-        Config(_ANY, False, 4096, 8),
-    ),
-    ("nvidia", 4): (
-        Config(256, True, 1024, 2),
-        Config(2048, True, 2048, 4),
-        Config(4096, True, 4096, 8),
-        Config(8192, True, 8192, 16),
-        Config(_ANY, False, 2048, 8),
-    ),
-    ("nvidia", 8): (
-        Config(2048, True, 2048, 8),
-        Config(_ANY, False, 1024, 4),
-    ),
+_NARROW_COLS = 64
+"""Rows up to this length are read element by element: their ends would be most of them."""
+
+_SINGLE = (
+    Config(_NARROW_COLS, True, 512, 4),
+    Config(1024, True, 1024, 4),
+    Config(2048, True, 2048, 8),
+    Config(4096, True, 4096, 16),
+    Config(8192, True, 8192, 32, reverse=False),
+    Config(32768, False, 2048, 8),
+    Config(_ANY, False, 4096, 16),
+)
+_DOUBLE = (
+    Config(1024, True, 1024, 8),
+    Config(_ANY, False, 512, 8),
+)
+_SINGLE_64_LANES = tuple(c._replace(warps=c.warps // 2) for c in _SINGLE)
+_DOUBLE_64_LANES = tuple(c._replace(warps=c.warps // 2) for c in _DOUBLE)
+
+CONFIGS: dict[tuple[str, str], tuple[Config, ...]] = {
+    ("sm_8", "single"): _SINGLE,
+    ("sm_8", "double"): _DOUBLE,
+    ("sm_9", "single"): _SINGLE,
+    ("sm_9", "double"): _DOUBLE,
+    ("sm_10", "single"): _SINGLE,
+    ("sm_10", "double"): _DOUBLE,
+    ("gfx9", "single"): _SINGLE_64_LANES,
+    ("gfx9", "double"): _DOUBLE_64_LANES,
 }
-"""(architecture, bytes of an element) -> configurations in order of length: the first that fits."""
+"""(architecture, type of the arithmetic) -> configurations by length; the first that fits is taken.
+
+8 elements to a thread of 32 bits: 16 took 110 to 128 registers and halved the warps in flight, and
+rows of 16384 in registers spilled. Found by compiling ahead of time; no GPU has timed them yet.
+"""
 
 
 @lru_cache(maxsize=None)
-def _config(architecture: str, width: int, cols: int) -> Config:
-    table = CONFIGS[architecture, width]
-    return next(config for config in table if cols <= config.cols)
+def _architecture(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "sm_9"  # the interpreter
+    if torch.version.hip:
+        return "gfx9"
+    major, _ = torch.cuda.get_device_capability(device)
+    return f"sm_{min(max(major, 8), 10)}"
 
 
-def _architecture() -> str:
-    return "amd" if torch.version.hip else "nvidia"
+@lru_cache(maxsize=None)
+def _config(device: torch.device, double: bool, cols: int, reverse: bool) -> Config:
+    table = CONFIGS[_architecture(device), "double" if double else "single"]
+    return next(c for c in table if cols <= c.cols and (c.reverse or not reverse))
 
 
 def _shift(x: Tensor, vec: int) -> int:
@@ -780,7 +852,8 @@ def kd_fwd(
         inner = layout.inner_rows(student)
         student, *s_strides = layout.strided_rows(student)
         teacher, *t_strides = layout.strided_rows(teacher)
-        vec = 16 // min(student.element_size(), teacher.element_size())
+        narrow = cols <= _NARROW_COLS
+        vec = 1 if narrow else 16 // min(student.element_size(), teacher.element_size())
         s_rows = _Rows(*s_strides, _shift(student, vec))
         t_rows = _Rows(*t_strides, _shift(teacher, vec))
         g_rows = _Rows(inner * cols if s_rows.outer else 0, cols, _shift(grad, vec))
@@ -789,8 +862,8 @@ def kd_fwd(
         nested = any(r.outer and r.outer != r.step * inner for r in (s_rows, t_rows))
         zero = _Rows(0, 0, 0)
         exact = cols % vec == 0 and all(r.like(zero, vec) for r in (s_rows, t_rows, g_rows))
-        width = 8 if dtype is torch.float64 else max(student.element_size(), teacher.element_size())
-        config = _config(_architecture(), width, cols)
+        reverse = soft_term and divergence == "reverse_kl"
+        config = _config(student.device, dtype is torch.float64, cols, reverse)
         constants = {
             "DIVERGENCE": _DIVERGENCES[divergence] if soft_term else NO_DIVERGENCE.value,
             "HARD": hard_term,
@@ -875,8 +948,8 @@ def _scale(grad: Tensor, out: Tensor, grad_scale: Tensor, grad_output: Tensor) -
     cols = grad.shape[-1] if per_row or scaled else _UNIFORM_COLS
     count = -(-total // cols)
     double = grad.dtype is torch.float64
-    vec = 16 // grad.element_size()
-    config = _config(_architecture(), 8 if double else grad.element_size(), _ANY)
+    vec = 1 if cols <= _NARROW_COLS else 16 // grad.element_size()
+    config = _config(grad.device, double, _ANY, False)
     lanes = min(_power_of_two_at_least(-(-cols // vec)), config.block // vec)
     tile_rows = max(config.block // (lanes * vec), 1) if lanes * vec >= cols else 1
     shift = _shift(out, vec)
