@@ -40,10 +40,10 @@ int shared_limit(int* bytes) {
   return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
 
-// Two to four chunks for each thread, up to the largest block; a power of two (Block::reduce).
-int block_threads(int64_t chunks) {
+// Two to four chunks for each thread, as far as blocks go; a power of two (Block::reduce).
+int block_threads(int64_t chunks, int most) {
   int threads = 128;
-  while (threads < kMaxThreads && chunks >= 4 * threads) threads *= 2;
+  while (threads < most && chunks >= 4 * threads) threads *= 2;
   return threads;
 }
 
@@ -62,12 +62,15 @@ int forward(const KdParams& a, void* stream) {
   int limit = 0;
   const int status = shared_limit(&limit);
   if (status != cudaSuccess) return status;
-  const int threads = block_threads(chunks);
   if (row_bytes <= limit - kReserved) {
-    return launch(kd_forward<D, InShared<Student, Teacher>>, a, a.rows, threads,
+    // Where two rows fit on a multiprocessor, its 64 K registers should do so too: one row's loads
+    // then run under the other's arithmetic.
+    const int most = row_bytes <= limit / 2 - kReserved ? kMaxThreads / 2 : kMaxThreads;
+    return launch(kd_forward<D, InShared<Student, Teacher>>, a, a.rows, block_threads(chunks, most),
                   static_cast<int>(row_bytes), stream);
   }
-  return launch(kd_forward<D, InMemory<Student, Teacher>>, a, a.rows, threads, 0, stream);
+  return launch(kd_forward<D, InMemory<Student, Teacher>>, a, a.rows,
+                block_threads(chunks, kMaxThreads), 0, stream);
 }
 
 template <class Student, class Teacher>

@@ -43,30 +43,36 @@ struct Sums {
   float max, at_t, at_1;
 };
 
-// exp2f is one instruction, ex2.approx, in a build with -ftz=true.
-__device__ __forceinline__ Sums sums_of(const float (&x)[kChunk], const KdParams& a, bool at_1) {
-  Sums sums{kLowest, 0.f, 0.f};
+// Student and teacher take the same operations here and in `merge` (fmaf is explicit, so that no
+// compiler decides otherwise): equal logits give equal sums, and nearly equal ones give errors that
+// cancel in the difference of the sums. exp2f is one instruction in a build with -ftz=true.
+__device__ __forceinline__ void add(Sums& sums, const float (&x)[kChunk], const KdParams& p,
+                                    bool at_1) {
+  float max = sums.max, sum_t = 0.f, sum_1 = 0.f;
 #pragma unroll
-  for (int i = 0; i < kChunk; i++) sums.max = fmaxf(sums.max, x[i]);
+  for (int i = 0; i < kChunk; i++) max = fmaxf(max, x[i]);
+  const float down = sums.max - max;
 #pragma unroll
-  for (int i = 0; i < kChunk; i++) sums.at_t += exp2f((x[i] - sums.max) * a.exponent);
+  for (int i = 0; i < kChunk; i++) sum_t += exp2f((x[i] - max) * p.exponent);
+  sums.at_t = fmaf(sums.at_t, exp2f(down * p.exponent), sum_t);
   if (at_1) {
 #pragma unroll
-    for (int i = 0; i < kChunk; i++) sums.at_1 += exp2f((x[i] - sums.max) * kLog2e);
+    for (int i = 0; i < kChunk; i++) sum_1 += exp2f((x[i] - max) * kLog2e);
+    sums.at_1 = fmaf(sums.at_1, exp2f(down * kLog2e), sum_1);
   }
-  return sums;
+  sums.max = max;
 }
 
-// The student's and the teacher's sums take the same operations (fmaf is explicit so that no
-// compiler decides otherwise): equal logits give equal sums, and nearly equal ones give errors that
-// cancel in the difference of the sums.
+// Commutes to the bit: the sum below the higher maximum is always the one that is scaled.
 __device__ __forceinline__ Sums merge(const Sums& a, const Sums& b, const KdParams& p, bool at_1) {
   const bool above = b.max > a.max;
   const float max = above ? b.max : a.max;
   const float down = (above ? a.max : b.max) - max;
   Sums sums{max, 0.f, 0.f};
   sums.at_t = fmaf(above ? a.at_t : b.at_t, exp2f(down * p.exponent), above ? b.at_t : a.at_t);
-  if (at_1) sums.at_1 = fmaf(above ? a.at_1 : b.at_1, exp2f(down * kLog2e), above ? b.at_1 : a.at_1);
+  if (at_1) {
+    sums.at_1 = fmaf(above ? a.at_1 : b.at_1, exp2f(down * kLog2e), above ? b.at_1 : a.at_1);
+  }
   return sums;
 }
 
@@ -75,9 +81,9 @@ struct Totals {
 };
 
 struct Losses {
-  float soft;    // the sum of the divergence's terms
-  float smooth;  // the sum of m_s - s, for label smoothing
-  float peak;    // reverse KL: max |q u|, for the size of its gradient
+  float soft;        // the sum of the divergence's terms
+  float smooth;      // the sum of m_s - s, for label smoothing
+  float mean, peak;  // reverse KL: the sum of q u, and the maximum of |q u|
 };
 
 // ---- One class --------------------------------------------------------------------------------
@@ -284,10 +290,10 @@ __global__ void __launch_bounds__(Store::kThreads) kd_forward(const KdParams a) 
   store.first_pass(row, [&](int, const Chunk<Student>& s, const Chunk<Teacher>& t) {
     float x[kChunk];
     s.unpack(x);
-    totals.student = merge(totals.student, sums_of(x, a, a.separate), a, a.separate);
+    add(totals.student, x, a, a.separate);
     if constexpr (kSoft) {
       t.unpack(x);
-      totals.teacher = merge(totals.teacher, sums_of(x, a, false), a, false);
+      add(totals.teacher, x, a, false);
     }
   });
   totals = Group::reduce(totals, [&](const Totals& x, const Totals& y) -> Totals {
@@ -297,15 +303,13 @@ __global__ void __launch_bounds__(Store::kThreads) kd_forward(const KdParams a) 
   const Softmax p_of(totals.teacher.max, totals.teacher.at_t);
   const Softmax q1_of(q_of.max, a.separate ? totals.student.at_1 : q_of.sum);
 
-  // u = log(q / p), the logits differenced first: log q - log p would lose 8 % of the divergence of
-  // a teacher 1e-5 away.
+  // u = log(q / p) = shifted - log_sum_ratio, the logits differenced first: log q - log p would lose
+  // 8 % of the divergence of a teacher 1e-5 away.
   const float max_difference = q_of.max - p_of.max;
   const float log_sum_ratio = log1pf((q_of.sum - p_of.sum) / p_of.sum);
-  const auto log_ratio = [&](float s, float t) {
-    return ((s - t) - max_difference) * a.inverse_t - log_sum_ratio;
-  };
+  const auto shifted = [&](float s, float t) { return ((s - t) - max_difference) * a.inverse_t; };
 
-  Losses losses{0.f, 0.f, 0.f};
+  Losses losses{0.f, 0.f, 0.f, 0.f};
   const auto add_smooth = [&](int first, const float(&s)[kChunk]) {
     if (a.smoothing == 0.f) return;
 #pragma unroll
@@ -315,12 +319,11 @@ __global__ void __launch_bounds__(Store::kThreads) kd_forward(const KdParams a) 
   };
   const auto reduce_losses = [&] {
     losses = Group::reduce(losses, [](const Losses& x, const Losses& y) -> Losses {
-      return {x.soft + y.soft, x.smooth + y.smooth, fmaxf(x.peak, y.peak)};
+      return {x.soft + y.soft, x.smooth + y.smooth, x.mean + y.mean, fmaxf(x.peak, y.peak)};
     });
   };
 
-  float reverse = 0.f;  // KL(q || p), NaN where it is infinite: so is then the row's gradient
-  float bound = fabsf(a.hard_grad) + fabsf(a.soft_grad);
+  float bound = fabsf(a.soft_grad);  // on the gradient of the soft term
   if constexpr (kReverse) {
     store.next_pass(row, [&](int first, const Chunk<Student>& s, const Chunk<Teacher>& t) {
       float x[kChunk], y[kChunk];
@@ -329,15 +332,19 @@ __global__ void __launch_bounds__(Store::kThreads) kd_forward(const KdParams a) 
 #pragma unroll
       for (int i = 0; i < kChunk; i++) {
         const float q = q_of(x[i], a.exponent), p = p_of(y[i], a.exponent);
-        const float u = log_ratio(x[i], y[i]);
+        const float z = shifted(x[i], y[i]), u = z - log_sum_ratio;
         losses.soft += bregman(q, p, -u).term;
-        losses.peak = fmaxf(losses.peak, q == 0.f ? 0.f : fabsf(q * u));
+        if (q != 0.f) {
+          losses.mean += q * z;
+          losses.peak = fmaxf(losses.peak, fabsf(q * u));
+        }
       }
       add_smooth(first, x);
     });
     reduce_losses();
-    reverse = losses.soft == INFINITY ? NAN : losses.soft;
-    bound = fabsf(a.hard_grad) + fabsf(a.soft_grad) * (losses.peak + reverse);
+    // The gradient is q (u - KL), that is q (shifted - its mean): the sums, and their errors, cancel.
+    if (losses.soft == INFINITY) losses.mean = NAN;
+    bound *= losses.peak + fabsf(losses.mean - log_sum_ratio);
   }
 
   const bool hard = a.labels != nullptr;
@@ -345,7 +352,7 @@ __global__ void __launch_bounds__(Store::kThreads) kd_forward(const KdParams a) 
   const bool known = label >= 0 && label < row.cols;  // else `scale` is NaN
   const int hot = known ? static_cast<int>(label) : kNoClass;
   const float elsewhere = a.smoothing / row.cols;
-  const int power = kHalf ? headroom(bound) : 0;
+  const int power = kHalf ? headroom(fabsf(a.hard_grad) + bound) : 0;
   const float factor = kHalf ? ldexpf(1.f, power) : scale;
   const float soft_grad = a.soft_grad * factor, hard_grad = a.hard_grad * factor;
   const float log_sum = logf(q_of.sum);
@@ -360,11 +367,11 @@ __global__ void __launch_bounds__(Store::kThreads) kd_forward(const KdParams a) 
 #pragma unroll
         for (int i = 0; i < kChunk; i++) {
           const float q = q_of(x[i], a.exponent), p = p_of(y[i], a.exponent);
-          const float u = log_ratio(x[i], y[i]);
+          const float z = shifted(x[i], y[i]);
           if constexpr (kReverse) {
-            gradient[i] = soft_grad * (q == 0.f ? 0.f * reverse : q * (u - reverse));
+            gradient[i] = soft_grad * (q == 0.f ? 0.f * losses.mean : q * (z - losses.mean));
           } else {
-            const Bregman class_ = bregman(p, q, u);
+            const Bregman class_ = bregman(p, q, z - log_sum_ratio);
             gradient[i] = soft_grad * class_.difference;
             if constexpr (D == Divergence::forward_kl) {
               losses.soft += class_.term;
