@@ -15,7 +15,7 @@ namespace fd {
 namespace {
 
 constexpr int64_t kSerialElements = 16384;     // below this a second thread costs more than it gives
-constexpr int64_t kStreamBytes = 8 << 20;      // gradients from here on leave the caches anyway
+constexpr int64_t kStreamBytes = int64_t{8} << 40;      // gradients from here on leave the caches anyway
 constexpr int64_t kHugePageBytes = 4 << 20;
 
 // The factor of each row in the loss, and the checks of the values that decide it.

@@ -43,6 +43,7 @@ struct Group {
   double *row_m_s, *row_m_t;   // [group]
   double *log_ratio;           // [group]: log(Z_s / Z_t), which u subtracts
   double *log_z_s, *log_z_1;   // [group]
+  const R **p_s, **p_t;        // [group]: the inputs of each row, for rows of one block
   int64_t* row;                // [group]: which row of the problem
 };
 
@@ -76,6 +77,8 @@ static Group<R> carve(const KdArgs& a, const Shape& s, void* scratch, size_t* by
   double** const per_row[] = {&w.row_m_s, &w.row_m_t, &w.log_ratio, &w.log_z_s, &w.log_z_1};
   for (double** p : per_row)
     *p = c.take<double>(rows);
+  w.p_s = c.take<const R*>(rows);
+  w.p_t = c.take<const R*>(rows);
   w.row = c.take<int64_t>(rows);
   if (bytes) *bytes = static_cast<size_t>(c.at - static_cast<char*>(scratch));
   return w;
@@ -91,54 +94,103 @@ FD_INLINE R power(R e) {
 }
 
 template <class R>
-FD_INLINE R block_maximum(const R* x, int64_t n) {
-  R m = -static_cast<R>(__builtin_inf());
-#pragma omp simd reduction(max : m)
-  for (int64_t i = 0; i < n; i++) m = x[i] > m ? x[i] : m;  // a NaN is caught by the sum
-  return m;
+FD_INLINE R larger(R x, R m) {
+  return x > m ? x : m;  // a NaN is caught by the sum of the exponentials
 }
 
-// Step 1 for one block of n classes (a multiple of kLanes). K = 0: exp(z) has a cache of its own.
-template <class R, bool SOFT, bool HARD, int K>
-static void exponentials(const R* __restrict x_s, const R* __restrict x_t, int64_t n, R inv_t,
-                         R* __restrict e_s, R* __restrict e_t, R* __restrict e_1, double* m_s,
-                         double* m_t, double* z_s, double* z_t, double* z_1) {
-  const R infinity = static_cast<R>(__builtin_inf());
-  const R max_s = block_maximum(x_s, n);
-  const R max_t = SOFT ? block_maximum(x_t, n) : R(0);
-  const R from_s = max_s == -infinity ? R(0) : max_s;  // all masked: exp(-inf - 0) = 0, not NaN
-  const R from_t = max_t == -infinity ? R(0) : max_t;
-  R sum_s = 0, sum_t = 0, sum_1 = 0;
-#pragma omp simd reduction(+ : sum_s, sum_t, sum_1)
-  for (int64_t i = 0; i < n; i++) {
-    const R d = x_s[i] - from_s;
-    const R e = exp_nonpositive<R>(SOFT ? d * inv_t : d);
-    e_s[i] = e;
-    sum_s += e;
-    if (SOFT) {
-      const R f = exp_nonpositive<R>((x_t[i] - from_t) * inv_t);
-      e_t[i] = f;
-      sum_t += f;
-    }
-    if (HARD && K == 0) {
-      const R h = exp_nonpositive<R>(d);
-      e_1[i] = h;
-      sum_1 += h;
-    } else if (HARD) {
-      sum_1 += power<K>(e);
+// One value per lane: the sums and maxima of a loop. The loops below run over whole chunks of
+// kLanes classes, an inner `omp simd` loop each; a scalar reduction would end in kLanes dependent
+// additions per row, which rows of 100 classes feel.
+template <class R>
+struct Lanes {
+  alignas(64) R at[kLanes];
+
+  FD_INLINE_MEMBER void fill(R x) {
+    for (int j = 0; j < kLanes; j++) at[j] = x;
+  }
+  FD_INLINE_MEMBER R sum() const {
+    R x[kLanes / 2];
+    for (int j = 0; j < kLanes / 2; j++) x[j] = at[j] + at[j + kLanes / 2];
+    for (int j = 0; j < kLanes / 4; j++) x[j] += x[j + kLanes / 4];
+    return (x[0] + x[2]) + (x[1] + x[3]);
+  }
+  FD_INLINE_MEMBER R maximum() const {
+    R x[kLanes / 2];
+    for (int j = 0; j < kLanes / 2; j++) x[j] = larger(at[j], at[j + kLanes / 2]);
+    for (int j = 0; j < kLanes / 4; j++) x[j] = larger(x[j], x[j + kLanes / 4]);
+    return larger(larger(x[0], x[2]), larger(x[1], x[3]));
+  }
+};
+
+// The maxima of one block: n classes, a multiple of kLanes.
+template <class R, bool SOFT>
+static void maxima(const R* __restrict x_s, const R* __restrict x_t, int64_t n, R* m_s, R* m_t) {
+  Lanes<R> s, t;
+  s.fill(-static_cast<R>(__builtin_inf()));
+  t = s;
+  for (int64_t i = 0; i < n; i += kLanes) {
+#pragma omp simd
+    for (int j = 0; j < kLanes; j++) {
+      s.at[j] = larger(x_s[i + j], s.at[j]);
+      if (SOFT) t.at[j] = larger(x_t[i + j], t.at[j]);
     }
   }
-  *m_s = max_s;
-  *m_t = max_t;
-  *z_s = sum_s;
-  *z_t = sum_t;
-  *z_1 = sum_1;
+  *m_s = s.maximum();
+  *m_t = t.maximum();
+}
+
+struct Ahead {
+  const char* data;
+  int64_t bytes;  // of an element
+};
+
+// Step 1 for one block of n classes (a multiple of kLanes), given its maxima. K = 0: exp(z) has a
+// cache of its own. `ahead` is what will be read next: it comes from memory while this computes
+// (without it the maxima wait for memory, 3/5 of the step).
+template <class R, bool SOFT, bool HARD, int K>
+static void exponentials(const R* __restrict x_s, const R* __restrict x_t, int64_t n, R max_s,
+                         R max_t, Exp<R> at_t, Exp<R> at_1, R* __restrict e_s, R* __restrict e_t,
+                         R* __restrict e_1, double* z_s, double* z_t, double* z_1,
+                         Ahead ahead_s, Ahead ahead_t) {
+  const R infinity = static_cast<R>(__builtin_inf());
+  const R from_s = max_s == -infinity ? R(0) : max_s;  // all masked: exp(-inf - 0) = 0, not NaN
+  const R from_t = max_t == -infinity ? R(0) : max_t;
+  Lanes<R> sum_s, sum_t, sum_1;
+  sum_s.fill(R(0));
+  sum_t = sum_1 = sum_s;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    __builtin_prefetch(ahead_s.data + i * ahead_s.bytes, 0, 2);  // into L2: L1 is full
+    if (SOFT) __builtin_prefetch(ahead_t.data + i * ahead_t.bytes, 0, 2);
+#pragma omp simd
+    for (int j = 0; j < kLanes; j++) {
+      const R d = x_s[i + j] - from_s;
+      const R e = at_t(d);
+      e_s[i + j] = e;
+      sum_s.at[j] += e;
+      if (SOFT) {
+        const R f = at_t(x_t[i + j] - from_t);
+        e_t[i + j] = f;
+        sum_t.at[j] += f;
+      }
+      if (HARD && K == 0) {
+        const R h = at_1(d);
+        e_1[i + j] = h;
+        sum_1.at[j] += h;
+      } else if (HARD) {
+        sum_1.at[j] += power<K>(e);
+      }
+    }
+  }
+  *z_s = sum_s.sum();
+  *z_t = sum_t.sum();
+  *z_1 = sum_1.sum();
 }
 
 // Step 2: from block maxima and sums to the constants of each row of the group.
 template <class R>
 static void constants(const Group<R>& w, int64_t rows, int64_t blocks, double inv_t) {
   const int64_t items = rows * blocks;
+  const Exp<double> at_t(inv_t), at_1(1.0);
   for (int64_t r = 0; r < rows; r++) {
     double m_s = -__builtin_inf(), m_t = -__builtin_inf();
     for (int64_t i = r * blocks; i < (r + 1) * blocks; i++) {
@@ -154,9 +206,9 @@ static void constants(const Group<R>& w, int64_t rows, int64_t blocks, double in
   }
 #pragma omp simd
   for (int64_t i = 0; i < items; i++) {
-    w.f_s[i] = exp_nonpositive<double>(w.m_s[i] * inv_t);
-    w.f_t[i] = exp_nonpositive<double>(w.m_t[i] * inv_t);
-    w.f_1[i] = exp_nonpositive<double>(w.m_s[i]);
+    w.f_s[i] = at_t(w.m_s[i]);
+    w.f_t[i] = at_t(w.m_t[i]);
+    w.f_1[i] = at_1(w.m_s[i]);
   }
   double z_s[kGroupRows], z_t[kGroupRows], z_1[kGroupRows];
   for (int64_t r = 0; r < rows; r++) {
@@ -186,36 +238,23 @@ static void constants(const Group<R>& w, int64_t rows, int64_t blocks, double in
 // The constants of step 3, for one block of one row, in the arithmetic of the row.
 template <class R>
 struct BlockConstants {
-  R a_s, a_t, a_1;      // probability = cached exponential times this
+  R a_s, a_t, hard_a_1;  // probability = cached exponential times this
   R inv_t, shift, log_ratio;  // u = ((s - t) - shift) / T - log_ratio
   R from_s, log_z;      // -log q = (from_s - s) / T + log_z
   R c_hard, c_soft, c_uniform;  // gradient = c_hard q_1 + c_soft (...) - c_uniform
   R sum;                // reverse KL: the row's divergence
 };
 
-// sum_k v^k 2/(k+2)!, k < series, over 2: (exp(v) - 1 - v) / v^2.
-template <class R>
-FD_INLINE R series(R v) {
-  constexpr double c[] = {1. / 2,    1. / 6,     1. / 24,     1. / 120,      1. / 720,      1. / 5040,
-                          1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600};
-  R p = R(c[Real<R>::series - 1]);
-  for (int k = Real<R>::series - 2; k >= 0; k--) p = p * v + R(c[k]);
-  return p;
-}
-
 // One class of sum p (exp(u) - 1 - u), and q - p without cancellation: both from one series near
 // u = 0. p = 0 leaves q.
 template <class R>
 FD_INLINE R bregman(R p, R q, R u, R* difference) {
-  const R square = p * u * u;
-  const R near_term = square * series(u);
+  const R pu = p == R(0) ? R(0) : p * u;  // u is infinite or NaN where a class is masked
+  const R near_term = pu * u * bregman_tail(u);
   const R far_difference = q - p;
   const bool near = (u < R(0.1)) & (u > R(-0.1));
-  const R d = near ? p * u + near_term : far_difference;
-  const R far_term = far_difference - p * u;
-  const R term = near ? near_term : far_term;
-  *difference = p == R(0) ? q : d;
-  return p == R(0) ? q : term;
+  *difference = near ? pu + near_term : far_difference;
+  return near ? near_term : far_difference - pu;
 }
 
 // Step 3 for one block of n classes: the gradient into g, the block's part of the divergence
@@ -224,36 +263,39 @@ template <class R, Divergence DIV, bool HARD, int K, bool GRADIENT>
 static R gradient(const BlockConstants<R>& c, const R* __restrict x_s, const R* __restrict x_t,
                   const R* __restrict e_s, const R* __restrict e_t, const R* __restrict e_1,
                   int64_t n, R* __restrict g, R* largest) {
-  R sum = 0, peak = 0;
-#pragma omp simd reduction(+ : sum) reduction(max : peak)
-  for (int64_t i = 0; i < n; i++) {
-    R out = -c.c_uniform;
-    if (HARD) out += c.c_hard * ((K == 0 ? e_1[i] : power<K>(e_s[i])) * c.a_1);
-    if (DIV != Divergence::none) {
-      const R q = e_s[i] * c.a_s, p = e_t[i] * c.a_t;
-      const R u = ((x_s[i] - x_t[i]) - c.shift) * c.inv_t - c.log_ratio;
-      R difference;
-      if (DIV == Divergence::reverse_kl) {
-        sum += bregman(q, p, -u, &difference);
-        const R qu = q == R(0) ? R(0) : q * u;
-        const R size = qu < 0 ? -qu : qu;
-        peak = size > peak ? size : peak;
-        out += c.c_soft * (qu - q * c.sum);
-      } else {
-        const R term = bregman(p, q, u, &difference);
-        if (DIV == Divergence::forward_kl) {
-          sum += term;
+  Lanes<R> sum, peak;
+  sum.fill(R(0));
+  peak = sum;
+  for (int64_t i = 0; i < n; i += kLanes) {
+#pragma omp simd
+    for (int j = 0; j < kLanes; j++) {
+      R out = -c.c_uniform;
+      if (HARD) out += c.hard_a_1 * (K == 0 ? e_1[i + j] : power<K>(e_s[i + j]));
+      if (DIV != Divergence::none) {
+        const R q = e_s[i + j] * c.a_s, p = e_t[i + j] * c.a_t;
+        const R u = ((x_s[i + j] - x_t[i + j]) - c.shift) * c.inv_t - c.log_ratio;
+        R difference;
+        if (DIV == Divergence::reverse_kl) {
+          sum.at[j] += bregman(q, p, -u, &difference);
+          const R qu = q == R(0) ? R(0) : q * u;
+          peak.at[j] = larger(qu < 0 ? -qu : qu, peak.at[j]);
+          out += c.c_soft * (qu - q * c.sum);
         } else {
-          const R surprise = (c.from_s - x_s[i]) * c.inv_t + c.log_z;
-          sum += p == R(0) ? R(0) : p * surprise;
+          const R term = bregman(p, q, u, &difference);
+          if (DIV == Divergence::forward_kl) {
+            sum.at[j] += term;
+          } else {
+            const R surprise = (c.from_s - x_s[i + j]) * c.inv_t + c.log_z;
+            sum.at[j] += p == R(0) ? R(0) : p * surprise;
+          }
+          out += c.c_soft * difference;
         }
-        out += c.c_soft * difference;
       }
+      if (GRADIENT) g[i + j] = out;
     }
-    if (GRADIENT) g[i] = out;
   }
-  if (largest) *largest = peak > *largest ? peak : *largest;
-  return sum;
+  if (largest) *largest = larger(peak.maximum(), *largest);
+  return sum.sum();
 }
 
 template <class R>
@@ -273,49 +315,62 @@ struct Pass {
   const Group<R> w;
   const double temperature = a.divergence == Divergence::none ? 1.0 : a.temperature;
   const double inv_t = 1.0 / temperature;
+  const Exp<R> at_t{inv_t}, at_1{1.0};
+
+  bool single() const { return shape.blocks == 1; }
 
   int64_t length(int64_t block) const {
     const int64_t left = a.cols - block * kBlock;
     return shape.blocks == 1 ? a.cols : left < kBlock ? left : kBlock;
   }
 
+  // Block b of row r as R, padded. A row of one block keeps its copy for step 3.
+  const R* input(const Rows& rows, R* buffer, int64_t r, int64_t b) const {
+    const void* row = row_start(rows, w.row[r], a.inner);
+    return load(rows.type, row, b * kBlock, length(b), buffer + (single() ? r * shape.stride : 0));
+  }
+
+  // What comes after block b of row r: the next block, or the next row.
+  Ahead ahead(const Rows& rows, int64_t r, int64_t b) const {
+    const int64_t bytes = size_of(rows.type);
+    const int64_t elements = b + 1 < shape.blocks ? (b + 1) * kBlock : rows.step;
+    const char* row = static_cast<const char*>(row_start(rows, w.row[r], a.inner));
+    return {row + elements * bytes, bytes};
+  }
+
   template <bool SOFT, bool HARD, int K>
   void step1(int64_t r) const {
-    const void* s = row_start(a.student, w.row[r], a.inner);
-    const void* t = row_start(a.teacher, w.row[r], a.inner);
-    const bool single = shape.blocks == 1;
-    R* buffer_s = single ? w.x_s + r * shape.stride : w.x_s;
-    R* buffer_t = single ? w.x_t + r * shape.stride : w.x_t;
     for (int64_t b = 0; b < shape.blocks; b++) {
-      const int64_t first = b * kBlock, n = length(b), i = r * shape.blocks + b;
-      const R* x_s = load(a.student.type, s, first, n, buffer_s, single);
-      const R* x_t = SOFT ? load(a.teacher.type, t, first, n, buffer_t, single) : x_s;
-      const int64_t at = r * shape.stride + first;
-      exponentials<R, SOFT, HARD, K>(x_s, x_t, padded(n), R(inv_t), w.e_s + at, w.e_t + at,
-                                     w.e_1 + at, w.m_s + i, w.m_t + i, w.z_s + i, w.z_t + i,
-                                     w.z_1 + i);
+      const R* x_s = input(a.student, w.x_s, r, b);
+      const R* x_t = SOFT ? input(a.teacher, w.x_t, r, b) : x_s;
+      w.p_s[r] = x_s;
+      w.p_t[r] = x_t;
+      const int64_t n = padded(length(b)), i = r * shape.blocks + b;
+      const int64_t at = r * shape.stride + b * kBlock;
+      R max_s, max_t;
+      maxima<R, SOFT>(x_s, x_t, n, &max_s, &max_t);
+      w.m_s[i] = max_s;
+      w.m_t[i] = max_t;
+      exponentials<R, SOFT, HARD, K>(x_s, x_t, n, max_s, max_t, at_t, at_1, w.e_s + at, w.e_t + at,
+                                     w.e_1 + at, w.z_s + i, w.z_t + i, w.z_1 + i,
+                                     ahead(a.student, r, b), ahead(a.teacher, r, b));
     }
   }
 
   // Rounds of step 3 over the blocks of row r; returns the sum of the divergence.
   template <Divergence DIV, bool HARD, int K, bool GRADIENT>
   double round(int64_t r, BlockConstants<R> c, R* largest) const {
-    const void* s = row_start(a.student, w.row[r], a.inner);
-    const void* t = row_start(a.teacher, w.row[r], a.inner);
-    const bool single = shape.blocks == 1;
     const int64_t y = HARD ? a.labels[w.row[r]] : -1;
     char* out = static_cast<char*>(a.grad) + w.row[r] * a.cols * size_of(a.student.type);
     double sum = 0;
     for (int64_t b = 0; b < shape.blocks; b++) {
       const int64_t first = b * kBlock, n = length(b), i = r * shape.blocks + b;
-      const R* x_s = single ? w.x_s + r * shape.stride
-                            : load(a.student.type, s, first, n, w.x_s, false);
-      const R* x_t = DIV == Divergence::none ? x_s
-                     : single                ? w.x_t + r * shape.stride
-                                             : load(a.teacher.type, t, first, n, w.x_t, false);
+      const bool soft = DIV != Divergence::none;
+      const R* x_s = single() ? w.p_s[r] : input(a.student, w.x_s, r, b);
+      const R* x_t = single() ? w.p_t[r] : soft ? input(a.teacher, w.x_t, r, b) : x_s;
       c.a_s = R(w.f_s[i]);
       c.a_t = R(w.f_t[i]);
-      c.a_1 = R(w.f_1[i]);
+      c.hard_a_1 = R(c.c_hard * w.f_1[i]);
       const int64_t at = r * shape.stride + first;
       sum += gradient<R, DIV, HARD, K, GRADIENT>(c, x_s, x_t, w.e_s + at, w.e_t + at, w.e_1 + at,
                                                  padded(n), w.g, largest);
@@ -424,8 +479,10 @@ struct Pass {
   }
 };
 
+// Also for temperatures whose products with a float leave its range.
 static bool in_double(const KdArgs& a) {
-  return a.student.type == Type::f64 || a.teacher.type == Type::f64;
+  return a.student.type == Type::f64 || a.teacher.type == Type::f64 || a.temperature > 1e30 ||
+         a.temperature < 1e-30;
 }
 
 static size_t kd_scratch_bytes(const KdArgs& a) {
@@ -459,9 +516,11 @@ static void scale_rows(const ScaleArgs& a, int64_t begin, int64_t end) {
     char* out = static_cast<char*>(a.out) + row * bytes;
     for (int64_t first = 0; first < a.cols; first += kBlock) {
       const int64_t n = a.cols - first < kBlock ? a.cols - first : kBlock;
-      load(a.type, in, first, n, buffer, true);
+      const R* x = load(a.type, in, first, n, buffer);
+      for (int64_t i = 0; i < padded(n); i += kLanes) {
 #pragma omp simd
-      for (int64_t i = 0; i < kBlock; i++) buffer[i] *= factor;
+        for (int j = 0; j < kLanes; j++) buffer[i + j] = x[i + j] * factor;
+      }
       store(a.type, out, first, n, buffer, a.stream);
     }
   }

@@ -71,11 +71,10 @@ struct TypeOf {
 // Elements [first, first + n) of a row as R, padded with -inf to a multiple of kLanes. Returns
 // the row itself where nothing has to change, else `buffer`.
 template <class R>
-static const R* load(Type type, const void* row, int64_t first, int64_t n, R* buffer,
-                     bool always_copy) {
+static const R* load(Type type, const void* row, int64_t first, int64_t n, R* buffer) {
   if (type == TypeOf<R>::value) {
     const R* x = static_cast<const R*>(row) + first;
-    if (!always_copy && n % kLanes == 0) return x;
+    if (n % kLanes == 0) return x;
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) buffer[i] = x[i];
   } else if (type == Type::bf16) {
