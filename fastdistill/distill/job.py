@@ -82,8 +82,7 @@ def run(
         with _reproducible(None if earlier is None else earlier["threads"], listener):
             run_id = resume.begin(directory, config, data, earlier, files(config), listener)
             bench = Workbench(config, directory, run_id, data, device, listener)
-            with _asked(config.backend):
-                teacher, students = bench.train_all()
+            teacher, students = _train(bench, config)
             inference = speed.compare(teacher.model, students[0].model, bench.test_images)
             about = environment.describe(device, backend)
         outcome = Outcome(config, directory, data, teacher, students, inference, about)
@@ -91,6 +90,18 @@ def run(
         report.write(outcome, figures)
         directory.sweep()
     return figures
+
+
+def _train(bench: Workbench, config: Config) -> tuple[Network, list[Network]]:
+    try:
+        with _asked(config.backend):
+            return bench.train_all()
+    except torch.OutOfMemoryError as error:
+        raise JobError(
+            f"The memory of {config.device} does not suffice.",
+            str(error).splitlines()[0],
+            "Continue with --resume on a free device, or start over with a smaller batch_size.",
+        ) from None
 
 
 def _absolute(source: str) -> str:
@@ -130,9 +141,9 @@ def _probe(backend: str, device: torch.device) -> str:
             return _backend.choose("kd_loss", case)
     except (RuntimeError, ValueError) as error:
         raise JobError(
-            f"The backend {backend} cannot be used on {device.type}.",
+            f"The backend {backend} of kd_loss cannot be used on {device.type}.",
             str(error),
-            "Use --backend auto.",
+            "Use --backend reference, which runs everywhere.",
         ) from None
 
 

@@ -30,7 +30,7 @@ def curves(outcome: Outcome) -> bytes:
     figure, (left, right) = _panels(2)
     _lines(left, outcome, lambda entry: entry["accuracy"])
     final = outcome.teacher.curve[-1]["accuracy"]
-    left.axhline(final, color=INK, linestyle="--", linewidth=1.2, label=f"teacher ({final:.1%})")
+    left.axhline(final, color=INK, linestyle=":", linewidth=1.5, label=f"teacher ({final:.1%})")
     _style(left, "Test accuracy", "epoch", percent=True)
     left.legend(loc="lower right", frameon=False)
     _lines(right, outcome, lambda entry: entry["loss"])
@@ -117,8 +117,15 @@ def _lines(axes: Axes, outcome: Outcome, value: Callable[[dict[str, float]], flo
         values = np.array([[value(entry) for entry in run.curve] for run in runs])
         epochs = np.arange(1, values.shape[1] + 1)
         colour = COLOURS[name]
-        marker = "o" if len(epochs) == 1 else None  # a line needs two points
-        axes.plot(epochs, values.mean(0), color=colour, linewidth=1.8, label=name, marker=marker)
+        axes.plot(
+            epochs,
+            values.mean(0),
+            color=colour,
+            linewidth=1.8,
+            label=name,
+            linestyle="--" if name == "both" else "-",  # it often lies on the line of "distilled"
+            marker="o" if len(epochs) == 1 else None,  # a line needs two points
+        )
         axes.fill_between(
             epochs, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0
         )
@@ -155,7 +162,7 @@ def _by_class(axes: Axes, outcome: Outcome) -> None:
 def _style(axes: Axes, title: str, x: str, percent: bool = False) -> None:
     axes.set_title(title, fontsize=11, color=INK)
     axes.set_xlabel(x, color=INK)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

