@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -21,16 +21,16 @@ def _load(name: str, hint: str) -> Loaded:
     try:
         return Loaded(importlib.import_module(f"fastdistill.{name}"), None)
     except ImportError as error:
-        return Loaded(None, f"the compiled module fastdistill.{name} did not load ({error}); {hint}")
+        return Loaded(None, f"fastdistill.{name} did not load ({error}); {hint}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def cpu() -> Loaded:
     """The CPU kernels (csrc/cpu)."""
     return _load("_cpu", "reinstall with a C++ compiler on the path to build it")
 
 
-@lru_cache(maxsize=None)
+@cache
 def cuda() -> Loaded:
     """The CUDA C++ kernels (csrc/cuda); they load without a GPU, and fail at launch there."""
     return _load("_cuda", "it is built where nvcc is found at install time")

@@ -24,8 +24,8 @@ const fd::Isa& isa() {
 }
 
 py::tuple kd_fwd(uintptr_t student, int student_type, int64_t s_outer, int64_t s_step,
-                 uintptr_t teacher, int teacher_type, int64_t t_outer, int64_t t_step,
-                 int64_t rows, int64_t cols, int64_t inner, uintptr_t labels, uintptr_t mask,
+                 uintptr_t teacher, int teacher_type, int64_t t_outer, int64_t t_step, int64_t rows,
+                 int64_t cols, int64_t inner, uintptr_t labels, uintptr_t mask,
                  uintptr_t row_weight, double temperature, double hard_weight, double soft_weight,
                  int divergence, bool scale_t2, int64_t ignore_index, double label_smoothing,
                  int reduction, double divisor, uintptr_t loss, uintptr_t hard, uintptr_t soft,
@@ -71,9 +71,14 @@ void kd_scale(uintptr_t in, uintptr_t out, int type, int64_t rows, int64_t cols,
               uintptr_t grad_scale, uintptr_t grad_output, bool grad_output_double,
               int64_t grad_output_stride, int64_t item_bytes, int threads) {
   fd::KdScaleCall call{};
-  call.args = {pointer<void>(in), pointer<void>(out), static_cast<fd::Type>(type),
-               rows,              cols,               nullptr,
-               false,             false};
+  call.args = {pointer<void>(in),
+               pointer<void>(out),
+               static_cast<fd::Type>(type),
+               rows,
+               cols,
+               nullptr,
+               false,
+               false};
   call.grad_scale = pointer<float>(grad_scale);
   call.grad_output = pointer<void>(grad_output);
   call.grad_output_double = grad_output_double;

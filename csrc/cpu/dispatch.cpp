@@ -56,7 +56,8 @@ Choice choose() {
       return choice;
     }
     if (by_name) {
-      choice.problem = "FASTDISTILL_CPU_ISA: this processor does not support " + std::string(forced);
+      choice.problem =
+          "FASTDISTILL_CPU_ISA: this processor does not support " + std::string(forced);
       return choice;
     }
   }

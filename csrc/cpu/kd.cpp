@@ -1,7 +1,4 @@
 // The driver of the kd kernels: which rows count, threads, the reduction over rows.
-#include "kd_call.h"
-
-
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -9,13 +6,15 @@
 #include <new>
 #include <vector>
 
+#include "kd_call.h"
 #include "parallel.h"
 
 namespace fd {
 namespace {
 
-constexpr int64_t kSerialElements = 16384;     // below this a second thread costs more than it gives
-constexpr int64_t kStreamBytes = int64_t{8} << 40;      // gradients from here on leave the caches anyway
+constexpr int64_t kSerialElements = 16384;  // below this a second thread costs more than it gives
+constexpr int64_t kStreamBytes = int64_t{8}
+                                 << 40;  // gradients from here on leave the caches anyway
 constexpr int64_t kHugePageBytes = 4 << 20;
 
 // The factor of each row in the loss, and the checks of the values that decide it.

@@ -9,7 +9,8 @@ enum class Type : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 enum class Divergence : int { none = 0, forward_kl = 1, reverse_kl = 2, cross_entropy = 3 };
 enum class Reduction : int { none = 0, sum = 1, mean = 2 };
 
-struct Rows {  // row r of a strided [..., V] tensor starts at (r / inner) * outer + (r % inner) * step
+struct Rows {  // row r of a strided [..., V] tensor starts at (r / inner) * outer + (r % inner) *
+               // step
   const void* data;
   Type type;
   int64_t outer, step;  // in elements

@@ -7,7 +7,8 @@
 //   1 exponentials   per block: maxima, exp((z - block maximum)/T) into a cache, their sums
 //   2 constants      per row: maximum, normalisers, the factor that rescales each block's cache
 //   3 gradient       per block: divergence as a sum of terms >= 0, gradient, store
-// With u = log q - log p, D = sum p (exp(u) - 1 - u) for KL(p || q): see fastdistill/kd/reference.py.
+// With u = log q - log p, D = sum p (exp(u) - 1 - u) for KL(p || q): see
+// fastdistill/kd/reference.py.
 
 constexpr int64_t kBlock = 2048;           // classes a block: two inputs and two caches fit in L1
 constexpr int64_t kGroupBytes = 96 << 10;  // caches and inputs of a group stay in L2
@@ -34,18 +35,18 @@ static int64_t kd_group_rows(const KdArgs& a) { return shape_of(a).group; }
 // What a thread keeps for one group; carved out of its scratch.
 template <class R>
 struct Group {
-  R *e_s, *e_t, *e_1;  // [group, stride]: the cached exponentials, at T, T and 1
-  R *x_s, *x_t;        // the inputs: [group, stride] where a row is one block, else [block]
-  R* g;                // [block]: the gradient on its way out
-  double *m_s, *m_t;           // [group * blocks]: block maxima, then the factors of the blocks
-  double *z_s, *z_t, *z_1;     // [group * blocks]: block sums
-  double *f_s, *f_t, *f_1;     // [group * blocks]: what turns a cached exponential into a probability
-  double *row_m_s, *row_m_t;   // [group]
-  double *log_ratio;           // [group]: log(Z_s / Z_t), which u subtracts
-  double *log_z_s, *log_z_1;   // [group]
-  const R **p_s, **p_t;        // [group]: the inputs of each row, for rows of one block
-  const char **at_s, **at_t;   // [group]: where the row begins
-  int64_t* row;                // [group]: which row of the problem
+  R *e_s, *e_t, *e_1;       // [group, stride]: the cached exponentials, at T, T and 1
+  R *x_s, *x_t;             // the inputs: [group, stride] where a row is one block, else [block]
+  R* g;                     // [block]: the gradient on its way out
+  double *m_s, *m_t;        // [group * blocks]: block maxima, then the factors of the blocks
+  double *z_s, *z_t, *z_1;  // [group * blocks]: block sums
+  double *f_s, *f_t, *f_1;  // [group * blocks]: what turns a cached exponential into a probability
+  double *row_m_s, *row_m_t;  // [group]
+  double* log_ratio;          // [group]: log(Z_s / Z_t), which u subtracts
+  double *log_z_s, *log_z_1;  // [group]
+  const R **p_s, **p_t;       // [group]: the inputs of each row, for rows of one block
+  const char **at_s, **at_t;  // [group]: where the row begins
+  int64_t* row;               // [group]: which row of the problem
 };
 
 struct Carver {
@@ -73,11 +74,9 @@ static Group<R> carve(const KdArgs& a, const Shape& s, void* scratch, size_t* by
   w.x_t = c.take<R>(inputs);
   w.g = c.take<R>(kBlock);
   double** const per_item[] = {&w.m_s, &w.m_t, &w.z_s, &w.z_t, &w.z_1, &w.f_s, &w.f_t, &w.f_1};
-  for (double** p : per_item)
-    *p = c.take<double>(items);
+  for (double** p : per_item) *p = c.take<double>(items);
   double** const per_row[] = {&w.row_m_s, &w.row_m_t, &w.log_ratio, &w.log_z_s, &w.log_z_1};
-  for (double** p : per_row)
-    *p = c.take<double>(rows);
+  for (double** p : per_row) *p = c.take<double>(rows);
   w.p_s = c.take<const R*>(rows);
   w.p_t = c.take<const R*>(rows);
   w.at_s = c.take<const char*>(rows);
@@ -176,8 +175,8 @@ struct Ahead {
 template <class R, bool SOFT, bool HARD, int K>
 static void exponentials(const R* __restrict x_s, const R* __restrict x_t, int64_t n, R max_s,
                          R max_t, Exp<R> at_t, Exp<R> at_1, R* __restrict e_s, R* __restrict e_t,
-                         R* __restrict e_1, double* z_s, double* z_t, double* z_1,
-                         Ahead ahead_s, Ahead ahead_t) {
+                         R* __restrict e_1, double* z_s, double* z_t, double* z_1, Ahead ahead_s,
+                         Ahead ahead_t) {
   const R infinity = static_cast<R>(__builtin_inf());
   const R from_s = max_s == -infinity ? R(0) : max_s;  // all masked: exp(-inf - 0) = 0, not NaN
   const R from_t = max_t == -infinity ? R(0) : max_t;
@@ -239,9 +238,9 @@ static void constants(const Group<R>& w, int64_t rows, int64_t blocks, double in
   } else {
 #pragma omp simd
     for (int64_t i = 0; i < items; i++) {
-    w.f_s[i] = at_t(w.m_s[i]);
-    w.f_t[i] = at_t(w.m_t[i]);
-    w.f_1[i] = at_1(w.m_s[i]);
+      w.f_s[i] = at_t(w.m_s[i]);
+      w.f_t[i] = at_t(w.m_t[i]);
+      w.f_1[i] = at_1(w.m_s[i]);
     }
   }
   double z_s[kGroupRows], z_t[kGroupRows], z_1[kGroupRows];
@@ -277,11 +276,11 @@ static void constants(const Group<R>& w, int64_t rows, int64_t blocks, double in
 // The constants of step 3, for one block of one row, in the arithmetic of the row.
 template <class R>
 struct BlockConstants {
-  R a_s, a_t, hard_a_1;  // probability = cached exponential times this
-  R inv_t, shift, log_ratio;  // u = ((s - t) - shift) / T - log_ratio
-  R from_s, log_z;      // -log q = (from_s - s) / T + log_z
+  R a_s, a_t, hard_a_1;         // probability = cached exponential times this
+  R inv_t, shift, log_ratio;    // u = ((s - t) - shift) / T - log_ratio
+  R from_s, log_z;              // -log q = (from_s - s) / T + log_z
   R c_hard, c_soft, c_uniform;  // gradient = c_hard q_1 + c_soft (...) - c_uniform
-  R sum;                // reverse KL: the row's divergence
+  R sum;                        // reverse KL: the row's divergence
 };
 
 // One class of sum p (exp(u) - 1 - u), and q - p without cancellation: both from one series near
@@ -388,10 +387,9 @@ struct Pass {
       maxima<R, SOFT>(x_s, x_t, n, &max_s, &max_t);
       w.m_s[i] = max_s;
       w.m_t[i] = max_t;
-      exponentials<R, SOFT, HARD, K>(x_s, x_t, n, max_s, max_t, at_t, at_1, w.e_s + at, w.e_t + at,
-                                     w.e_1 + at, w.z_s + i, w.z_t + i, w.z_1 + i,
-                                     ahead(a.student, w.at_s[r], b),
-                                     ahead(a.teacher, w.at_t[r], b));
+      exponentials<R, SOFT, HARD, K>(
+          x_s, x_t, n, max_s, max_t, at_t, at_1, w.e_s + at, w.e_t + at, w.e_1 + at, w.z_s + i,
+          w.z_t + i, w.z_1 + i, ahead(a.student, w.at_s[r], b), ahead(a.teacher, w.at_t[r], b));
     }
   }
 
@@ -405,7 +403,9 @@ struct Pass {
       const int64_t first = b * kBlock, n = length(b), i = r * shape.blocks + b;
       const bool soft = DIV != Divergence::none;
       const R* x_s = single() ? w.p_s[r] : input(a.student.type, w.at_s[r], w.x_s, r, b);
-      const R* x_t = single() ? w.p_t[r] : soft ? input(a.teacher.type, w.at_t[r], w.x_t, r, b) : x_s;
+      const R* x_t = single() ? w.p_t[r]
+                     : soft   ? input(a.teacher.type, w.at_t[r], w.x_t, r, b)
+                              : x_s;
       c.a_s = R(w.f_s[i]);
       c.a_t = R(w.f_t[i]);
       c.hard_a_1 = R(c.c_hard * w.f_1[i]);
@@ -413,8 +413,7 @@ struct Pass {
       sum += gradient<R, DIV, HARD, K, GRADIENT>(c, x_s, x_t, w.e_s + at, w.e_t + at, w.e_1 + at,
                                                  padded(n), w.g, largest);
       if (GRADIENT && a.grad) {
-        if (y >= first && y < first + n)
-          w.g[y - first] -= c.c_hard * R(1.0 - a.label_smoothing);
+        if (y >= first && y < first + n) w.g[y - first] -= c.c_hard * R(1.0 - a.label_smoothing);
         store(a.student.type, out, first, n, w.g, a.stream);
       }
     }
@@ -436,8 +435,9 @@ struct Pass {
   // and stores it times a power of two that cannot overflow.
   double row_factor(int64_t row, double bound) const {
     if (!a.grad_scale) return a.row_scale[row];
-    const double power = bound > 0 && bound < 1e300 ? __builtin_exp2(__builtin_floor(
-                             __builtin_log2(32768.0 / bound))) : 1.0;
+    const double power = bound > 0 && bound < 1e300
+                             ? __builtin_exp2(__builtin_floor(__builtin_log2(32768.0 / bound)))
+                             : 1.0;
     const double clamped = power > 1e30 ? 1e30 : power < 1e-30 ? 1e-30 : power;
     a.grad_scale[row] = static_cast<float>(a.row_scale[row] / clamped);
     return clamped;

@@ -20,9 +20,9 @@ FD_INLINE uint16_t to_f16(float x) {  // round to nearest even
   const uint32_t magnitude = bits & 0x7fffffffu;
   const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   // Below 2^-14 the sum with 0.5 rounds to a multiple of 2^-24 in its last place.
-  const uint32_t small =
-      static_cast<uint32_t>(bits_of<float>(
-          from_bits<float>(static_cast<int32_t>(magnitude)) + 0.5f)) - 0x3f000000u;
+  const uint32_t small = static_cast<uint32_t>(bits_of<float>(
+                             from_bits<float>(static_cast<int32_t>(magnitude)) + 0.5f)) -
+                         0x3f000000u;
   uint32_t h = magnitude < 0x38800000u ? small : normal;
   h = magnitude >= 0x477ff000u ? 0x7c00u : h;  // rounds to 65536 and above: inf
   h = magnitude > 0x7f800000u ? 0x7e00u : h;   // NaN
@@ -39,9 +39,7 @@ FD_INLINE uint16_t to_bf16(float x) {  // round to nearest even
   return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
-FD_INLINE int64_t size_of(Type type) {
-  return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2;
-}
+FD_INLINE int64_t size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
 
 static const char* row_start(const Rows& rows, int64_t row, int64_t inner) {
   const int64_t element =

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastdistill import _backend, _native, _torch_private, _validate
-from fastdistill.kd import ops, reference
+from fastdistill.kd import native_cuda, reference
 
 REDUCTIONS = ("mean", "sum", "none", "batchmean")
 OP = "kd_loss"
@@ -201,7 +201,8 @@ def _check_labels(labels: object, rows: torch.Size, device: torch.device) -> Non
         if x.dtype.is_floating_point:
             raise TypeError(
                 f"labels: expected class indices of dtype int64, got {x.dtype}; for class "
-                'probabilities pass their logarithm as teacher_logits with divergence="cross_entropy"'
+                "probabilities pass their logarithm as teacher_logits, with "
+                'divergence="cross_entropy"'
             )
         raise TypeError(f"labels: expected class indices of dtype int64, got {x.dtype}")
     _check_per_row("labels", x, rows, device)
@@ -249,4 +250,16 @@ def _refuse_cpu(case: _backend.Case) -> str | None:
     return _native.cpu().reason or _refuse_transforms(case)
 
 
-_backend.register(OP, {"cpu": _refuse_cpu, "reference": lambda case: None})
+def _refuse_cuda(case: _backend.Case) -> str | None:
+    if case.device != "cuda":
+        return f"it runs on tensors on an NVIDIA GPU, not on {case.device}"
+    if not native_cuda.supports(*case.dtypes):
+        student, teacher = case.dtypes
+        return (
+            "it takes logits of one type (float32, bfloat16 or float16), or one of the 16-bit "
+            f"types together with float32; not {student} with {teacher}"
+        )
+    return _native.cuda().reason or _refuse_transforms(case)
+
+
+_backend.register(OP, {"cuda": _refuse_cuda, "cpu": _refuse_cpu, "reference": lambda case: None})

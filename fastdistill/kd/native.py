@@ -91,14 +91,14 @@ def kd_fwd(
 
 
 def kd_bwd(grad: Tensor, grad_scale: Tensor, grad_output: Tensor) -> Tensor:
-    """grad times its row's factors, as a new tensor."""
+    """Grad times its row's factors, as a new tensor."""
     out = torch.empty_like(grad)
     _scale(grad, out, grad_scale, grad_output)
     return out
 
 
 def kd_bwd_(grad: Tensor, grad_scale: Tensor, grad_output: Tensor) -> None:
-    """grad times its row's factors, in place; a factor of 1 touches nothing."""
+    """Grad times its row's factors, in place; a factor of 1 touches nothing."""
     _scale(grad, grad, grad_scale, grad_output)
 
 

@@ -29,9 +29,7 @@ _library.define(
     " float divisor, bool need_grad, str backend)"
     " -> (Tensor loss, Tensor hard, Tensor soft, Tensor grad, Tensor grad_scale)"
 )
-_library.define(
-    "kd_bwd(Tensor grad, Tensor grad_scale, Tensor grad_output, str backend) -> Tensor"
-)
+_library.define("kd_bwd(Tensor grad, Tensor grad_scale, Tensor grad_output, str backend) -> Tensor")
 _library.define(
     "kd_bwd_(Tensor(a!) grad, Tensor grad_scale, Tensor grad_output, str backend) -> ()"
 )

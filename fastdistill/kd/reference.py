@@ -80,7 +80,7 @@ def _hard(s: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
 
 
 def _ratio(s: Tensor, t: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """q = softmax(s/T), p = softmax(t/T) and u = log q - log p, each [..., V].
+    """Q = softmax(s/T), p = softmax(t/T) and u = log q - log p, each [..., V].
 
     u is formed by differencing the logits first: as the difference of two log-softmaxes it loses
     8 % of the divergence at teacher = student + 1e-5.
@@ -94,7 +94,7 @@ def _ratio(s: Tensor, t: Tensor, temperature: float) -> tuple[Tensor, Tensor, Te
 
 
 def _bregman(p: Tensor, q: Tensor, u: Tensor) -> Tensor:
-    """p (exp(u) - 1 - u) = q - p - p u of each class, u = log(q / p): never negative, 0 at u = 0.
+    """P (exp(u) - 1 - u) = q - p - p u of each class, u = log(q / p): never negative, 0 at u = 0.
 
     p = 0 leaves q, which makes the sum over the classes a divergence of unnormalised measures:
     equal to KL(p || q) when both sum to 1, and a sum of terms >= 0.

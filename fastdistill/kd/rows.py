@@ -93,7 +93,12 @@ def row_scale(
 
 
 def reduce_rows(
-    hard: Tensor, soft: Tensor, scale: Tensor, hard_weight: float, soft_weight: float, reduction: str
+    hard: Tensor,
+    soft: Tensor,
+    scale: Tensor,
+    hard_weight: float,
+    soft_weight: float,
+    reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, hard, soft) from the parts of each row, all [...]; "none" keeps the rows."""
     keep = scale != 0

@@ -1,0 +1,61 @@
+# Every target does its own set-up in .venv; nothing is done again when nothing changed.
+#   make distill        distil a teacher into small students on bundled data: out/distill/
+#   make test           check, then every test
+#   make check          lint, types, import contracts
+#   make bench          the benchmarks, with plots: bench/results/
+#   make gpu            the tests and benchmarks of a machine with a GPU
+# PYTHON=python3 uses the interpreter at hand: nothing is installed, the kernels build in place.
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu takes torch from the public CPU index.
+
+BASE_PYTHON ?= python3
+TORCH_INDEX ?=
+SOURCES := setup.py $(wildcard csrc/*/*)
+
+ifdef PYTHON
+PY := $(PYTHON)
+ready: build/.kernels
+else
+PY := .venv/bin/python
+ready: .venv/.installed build/.kernels
+build/.kernels: .venv/.installed
+endif
+
+.PHONY: ready distill test check bench gpu clean help
+
+help:
+	@sed -n '2,9s/^# *//p' Makefile
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),) -c constraints.txt torch
+	.venv/bin/python -m pip install -q -c constraints.txt setuptools pybind11
+	.venv/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[distill,bench,dev]"
+	touch $@
+
+build/.kernels: $(SOURCES)
+	$(PY) setup.py -q build_ext --inplace
+	mkdir -p build && touch $@
+
+distill: ready
+	$(PY) -m fastdistill distill $(ARGS)
+
+check: ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(dir $(PY))lint-imports --no-cache
+	$(PY) -m clang_format --version >/dev/null 2>&1; \
+	$(dir $(PY))clang-format --dry-run -Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+
+test: check
+	$(PY) -m pytest
+
+bench: ready
+	$(PY) -m bench all $(ARGS)
+
+gpu: ready
+	$(PY) -m pytest -m gpu
+	$(PY) -m bench all --device cuda $(ARGS)
+
+clean:
+	rm -rf .venv build out fastdistill/*.so

@@ -1,0 +1,68 @@
+"""`torch.nn.Module` drop-ins over the functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastdistill.kd import KDLossParts, kd_loss
+
+__all__ = ["KDLoss"]
+
+
+class KDLoss(nn.Module):
+    """`fastdistill.kd_loss` with its settings kept in a module.
+
+    Args:
+        settings: any keyword of `kd_loss` but the per-call tensors `mask` and `row_weight`, which
+            go to `forward` (as may `normalizer`, which then replaces the module's).
+
+    Raises:
+        TypeError: a keyword that `kd_loss` does not have.
+    """
+
+    _SETTINGS = (
+        "temperature",
+        "hard_weight",
+        "soft_weight",
+        "divergence",
+        "scale_t2",
+        "ignore_index",
+        "label_smoothing",
+        "dim",
+        "reduction",
+        "normalizer",
+        "return_parts",
+    )
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        for name in settings:
+            if name not in self._SETTINGS:
+                raise TypeError(
+                    f"KDLoss: expected one of {', '.join(self._SETTINGS)}; got {name!r}"
+                )
+        self.settings = settings
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        row_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> Tensor | KDLossParts:
+        """The loss; shapes and errors as in `fastdistill.kd_loss`."""
+        settings = self.settings
+        if normalizer is not None:
+            settings = {**settings, "normalizer": normalizer}
+        return kd_loss(
+            student_logits, teacher_logits, labels, mask=mask, row_weight=row_weight, **settings
+        )
+
+    def extra_repr(self) -> str:
+        """The settings that were given."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
