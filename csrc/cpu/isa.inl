@@ -10,8 +10,6 @@ namespace fd {
 namespace FD_ISA {
 
 #include "kd.inl"
-#include "math.inl"
-#include "rows.inl"
 
 extern const KdKernels kd_kernels;
 const KdKernels kd_kernels = {kd_scratch_bytes, kd_group_rows, kd_forward, kd_scale};

@@ -9,6 +9,8 @@
 //   3 gradient       per block: divergence as a sum of terms >= 0, gradient, store
 // With u = log q - log p, D = sum p (exp(u) - 1 - u) for KL(p || q): see
 // fastdistill/kd/reference.py.
+#pragma once
+#include "rows.inl"
 
 constexpr int64_t kBlock = 2048;           // classes a block: two inputs and two caches fit in L1
 constexpr int64_t kGroupBytes = 96 << 10;  // caches and inputs of a group stay in L2

@@ -1,5 +1,6 @@
 // Branch-free elementary functions that the compiler vectorises inside `omp simd` loops.
 // Included once per instruction set, inside that set's namespace.
+#pragma once
 
 #define FD_INLINE_MEMBER inline __attribute__((always_inline))
 #define FD_INLINE static inline __attribute__((always_inline))

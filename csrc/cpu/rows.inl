@@ -1,5 +1,7 @@
 // Rows of logits into arithmetic and back: element types, padding, streaming stores.
 // Included once per instruction set, inside that set's namespace.
+#pragma once
+#include "math.inl"
 
 constexpr int kLanes = 16;  // every inner loop runs over a multiple of this: no scalar remainder
 
