@@ -19,8 +19,8 @@ T* pointer(uintptr_t address) {
 
 void check(const char* what, int status) {
   if (status != 0) {
-    throw std::runtime_error(std::string(what) + ": the CUDA kernel did not start: " +
-                             fd_error_text(status));
+    throw std::runtime_error(std::string(what) +
+                             ": the CUDA kernel did not start: " + fd_error_text(status));
   }
 }
 

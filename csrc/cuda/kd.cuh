@@ -3,7 +3,12 @@
 // Per row, with p = softmax(t / T) the teacher's and q = softmax(s / T) the student's
 // distribution: pass 1 sums the exponentials, online, so that it needs no maximum beforehand;
 // pass 2 writes the gradient and sums the loss. Reverse KL takes one pass more, because its
-// gradient holds its value. A row that is kept on chip is read from memory by pass 1 alone.
+// gradient holds a mean over the row. A row that is kept on chip is read from memory by pass 1
+// alone.
+//
+// Modelled bytes per class in bfloat16 (loads of student and teacher, store of the gradient): 6
+// where the row is kept on chip; else 10, and 14 for reverse KL, of which L2 serves the repeated
+// reads only where all the rows in flight fit in it.
 #pragma once
 #include <type_traits>
 
@@ -26,13 +31,13 @@ struct KdParams {  // KdArgs as the kernels want it
   int cols;
   const int64_t* labels;  // null without a hard term
   const float* row_scale;
-  float exponent;    // log2(e) / T: exp(x / T) = exp2(x exponent)
-  float inverse_t;   // 1 / T
-  float soft_loss;   // the soft part over the sum of its terms: T^2, or 1
-  float soft_grad;   // its gradient over q - p: soft_weight T, or soft_weight / T
-  float hard_grad;   // hard_weight
-  float smoothing;   // eps of the hard term
-  bool separate;     // the hard term needs exponentials of its own: T is not 1
+  float exponent;   // log2(e) / T: exp(x / T) = exp2(x exponent)
+  float inverse_t;  // 1 / T
+  float soft_loss;  // the soft part over the sum of its terms: T^2, or 1
+  float soft_grad;  // its gradient over q - p: soft_weight T, or soft_weight / T
+  float hard_grad;  // hard_weight
+  float smoothing;  // eps of the hard term
+  bool separate;    // the hard term needs exponentials of its own: T is not 1
   float *grad_scale, *hard, *soft;
 };
 
@@ -303,14 +308,14 @@ __global__ void __launch_bounds__(Store::kThreads) kd_forward(const KdParams a) 
   const Softmax p_of(totals.teacher.max, totals.teacher.at_t);
   const Softmax q1_of(q_of.max, a.separate ? totals.student.at_1 : q_of.sum);
 
-  // u = log(q / p) = shifted - log_sum_ratio, the logits differenced first: log q - log p would lose
-  // 8 % of the divergence of a teacher 1e-5 away.
+  // u = log(q / p) = shifted - log_sum_ratio, the logits differenced first: log q - log p would
+  // lose 8 % of the divergence of a teacher 1e-5 away.
   const float max_difference = q_of.max - p_of.max;
   const float log_sum_ratio = log1pf((q_of.sum - p_of.sum) / p_of.sum);
   const auto shifted = [&](float s, float t) { return ((s - t) - max_difference) * a.inverse_t; };
 
   Losses losses{0.f, 0.f, 0.f, 0.f};
-  const auto add_smooth = [&](int first, const float(&s)[kChunk]) {
+  const auto add_smooth = [&](int first, const float (&s)[kChunk]) {
     if (a.smoothing == 0.f) return;
 #pragma unroll
     for (int i = 0; i < kChunk; i++) {
@@ -342,7 +347,7 @@ __global__ void __launch_bounds__(Store::kThreads) kd_forward(const KdParams a) 
       add_smooth(first, x);
     });
     reduce_losses();
-    // The gradient is q (u - KL), that is q (shifted - its mean): the sums, and their errors, cancel.
+    // The gradient is q (u - KL), that is q (shifted - its mean): the sums and their errors cancel.
     if (losses.soft == INFINITY) losses.mean = NAN;
     bound *= losses.peak + fabsf(losses.mean - log_sum_ratio);
   }
@@ -407,8 +412,7 @@ __global__ void __launch_bounds__(Store::kThreads) kd_forward(const KdParams a) 
       const float chosen = known ? to_float(row.student[hot]) : NAN;
       loss = (q1_of.max - chosen) + log_sum_1;
       if (a.smoothing != 0.f) {
-        loss = (1.f - a.smoothing) * loss +
-               a.smoothing * (losses.smooth / row.cols + log_sum_1);
+        loss = (1.f - a.smoothing) * loss + a.smoothing * (losses.smooth / row.cols + log_sum_1);
       }
     }
     a.hard[r] = loss;
@@ -423,8 +427,8 @@ struct ScaleParams {  // ScaleArgs, rows cut in pieces
   const void* in;
   void* out;
   int64_t cols, pieces_per_row, pieces;
-  int piece;                 // elements of each but a row's last
-  const float* grad_scale;   // or null
+  int piece;                // elements of each but a row's last
+  const float* grad_scale;  // or null
   const float* grad_output;
   int64_t grad_output_step;  // 0: one for all rows
 };

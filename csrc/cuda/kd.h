@@ -7,7 +7,8 @@ namespace fd {
 enum class Type : int { f32 = 0, bf16 = 2, f16 = 3 };
 enum class Divergence : int { none = 0, forward_kl = 1, reverse_kl = 2, cross_entropy = 3 };
 
-struct Rows {  // row r of a strided [..., V] tensor starts at (r / inner) * outer + (r % inner) * step
+// Row r of a strided [..., V] tensor starts at (r / inner) * outer + (r % inner) * step.
+struct Rows {
   const void* data;
   Type type;
   int64_t outer, step;  // in elements

@@ -14,8 +14,6 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 _DIVERGENCES = {"forward_kl": 1, "reverse_kl": 2, "cross_entropy": 3}
 _NO_DIVERGENCE = 0
 
-_SINGLE = frozenset({torch.float32, torch.bfloat16, torch.float16})
-
 
 def supports(student: object, teacher: object) -> bool:
     """Whether the kernels take this pair of element types.
@@ -23,7 +21,7 @@ def supports(student: object, teacher: object) -> bool:
     Equal ones, or a 16-bit type on one side and float32 on the other.
     """
     pair = {student, teacher}
-    return pair <= _SINGLE and (len(pair) == 1 or torch.float32 in pair)
+    return pair <= _TYPES.keys() and (len(pair) == 1 or torch.float32 in pair)
 
 
 def _launch(name: str, device: torch.device, **arguments: Any) -> None:
@@ -98,7 +96,7 @@ def kd_fwd(
 
 
 def _scale(grad: Tensor, out: Tensor, grad_scale: Tensor, grad_output: Tensor) -> None:
-    """out = grad * grad_scale * grad_output, each row; `out` may be `grad`."""
+    """Out = grad * grad_scale * grad_output, each row; `out` may be `grad`."""
     uniform = not any(grad_output.stride())  # a scalar, or one number expanded
     cols = grad.shape[-1]
     factor = grad_output if uniform else grad_output.contiguous()

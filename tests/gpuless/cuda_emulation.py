@@ -68,7 +68,7 @@ def _cache() -> Path:
 def compile_kernels(
     source: Path, output: Path, flags: list[str], sources: Path = SOURCES
 ) -> list[str]:
-    """The command that compiles a source that uses the kernels for the host."""
+    """The command that compiles `source` for the host, with the kernels in `sources`."""
     headers = cuda_headers()
     assert headers is not None
     include = ["-I", str(EMULATOR), "-I", str(sources), "-isystem", str(headers)]
@@ -97,9 +97,10 @@ def build() -> Path:
         work = Path(name)
         python = ["-I", sysconfig.get_paths()["include"], "-I", pybind11.get_include()]
         objects = [work / "kd.o", work / "bindings.o"]
+        bindings = ["-O0", "-c", str(SOURCES / "bindings.cpp"), "-o", str(objects[1])]
         commands = [
             compile_kernels(SOURCES / "kd.cu", objects[0], ["-c", *flags]),
-            ["g++", *FLAGS, *python, "-O0", "-c", str(SOURCES / "bindings.cpp"), "-o", str(objects[1])],
+            ["g++", *FLAGS, *python, *bindings],
         ]
         running = [subprocess.Popen(c, stderr=subprocess.PIPE, text=True) for c in commands]
         for process in running:

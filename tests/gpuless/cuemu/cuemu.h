@@ -406,7 +406,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return cudaSuccess;
 }
 
-// The runtime's own functions, for one device of sm_90's size. Weak: several .cu files may be linked.
+// The runtime's own functions, for one device of sm_90's size. Weak: several .cu files may be
+// linked.
 #define CUEMU_RUNTIME extern "C" __attribute__((weak)) cudaError_t
 
 CUEMU_RUNTIME cudaGetDevice(int* device) {
