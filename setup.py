@@ -76,7 +76,9 @@ class BuildKernels(build_ext):
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        objects = Path(self.build_temp) / ext.name.rpartition(".")[2]
+        # Not in setuptools' own folder, which an editable install throws away.
+        kind = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        objects = ROOT / "build" / "objects" / kind / ext.name.rpartition(".")[2]
         objects.mkdir(parents=True, exist_ok=True)
         if ext.name.endswith("._cuda"):
             self.build_cuda(ext, target, objects)
