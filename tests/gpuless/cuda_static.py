@@ -49,7 +49,7 @@ def missing() -> str | None:
 
 
 def _short(symbol: str) -> str:
-    name = re.sub(r"\(fd::(Kd|Scale)Params\)|^void |fd::|\(Divergence\)", "", symbol)
+    name = re.sub(r"\(fd::(Kd|Scale)Params\)|^void |\(fd::Divergence\)|fd::", "", symbol)
     return name.replace("__nv_bfloat16", "bf16").replace("__half", "f16").replace("> >", ">>")
 
 

@@ -22,8 +22,8 @@ needs_host_build = pytest.mark.skipif(
 )
 
 PROBE = emulation.EMULATOR / "probe.cu"
-MEMORY = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-RACES = ["-O1", "-fsanitize=thread", "-DCUEMU_THREADS", "-pthread"]
+MEMORY = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+RACES = ["-O0", "-fsanitize=thread", "-DCUEMU_THREADS", "-pthread"]
 
 FAULTS = {
     # name: (file, what stands there, what takes its place, a word of the report)
