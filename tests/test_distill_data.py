@@ -9,17 +9,22 @@ import pytest
 from fastdistill.distill.data import FEWEST, Normalisation, load, read, split
 from fastdistill.distill.errors import JobError
 
+FAINT = 15
 
-def blobs(count=240, classes=4, side=10, seed=0):
-    """Separable images: a bright row and column at the class's place, in noise. uint8, int64."""
+
+def blobs(count=240, classes=4, side=10, seed=0, contrast=120):
+    """Images with a bright row and column at the class's place, in noise; labels. uint8, int64.
+
+    At the default contrast a network soon names all classes; at `FAINT` it never does.
+    """
     rng = np.random.default_rng(seed)
     y = np.arange(count) % classes  # every class as often, then shuffled
     rng.shuffle(y)
     x = rng.integers(0, 90, (count, side, side))
     for image, label in zip(x, y, strict=True):
         place = 1 + label * (side - 2) // classes
-        image[place] += 120
-        image[:, place] += 120
+        image[place] += contrast
+        image[:, place] += contrast
     return x.clip(0, 255).astype(np.uint8), y.astype(np.int64)
 
 

@@ -16,6 +16,15 @@ from fastdistill.distill.snapshot import Snapshot
 from fastdistill.distill.workbench import draw_labelled, share
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The images are tiny; on a busy machine two threads wait for each other at every step."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def world():
     """Training and test images with labels, and a trained teacher's logits of the former."""

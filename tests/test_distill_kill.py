@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_distill_data import blobs, npz
+from test_distill_data import FAINT, blobs, npz
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,18 +29,19 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals"
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kill")
-    x, y = blobs(400)
+    x, y = blobs(400, contrast=FAINT)
     data = npz(folder / "blobs.npz", x=x, y=y)
     (folder / "job.yaml").write_text(CONFIG.format(data=data))
     return folder / "job.yaml"
 
 
-def start(*arguments):
-    """The command in a process of its own."""
+def start(*arguments, **options):
+    """The command in a process of its own, on one thread: the images are tiny."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [sys.executable, "-m", "fastdistill", "distill", *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": path, "COLUMNS": "200"},
+        **options,
+        env=os.environ | {"PYTHONPATH": path, "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -129,21 +130,13 @@ def test_full_disk_is_said(config, tmp_path):
     import resource
 
     out = tmp_path / "out"
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    process = subprocess.run(
-        [sys.executable, "-m", "fastdistill", "distill", "--config", config, "--out", out],
-        env=os.environ | {"PYTHONPATH": path},
-        preexec_fn=limit,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert process.returncode == 2
-    assert "Traceback" not in process.stderr
-    assert "A file cannot be read or written." in process.stderr
+    code, _, err = finish(start("--config", config, "--out", out, preexec_fn=limit))
+    assert code == 2
+    assert "Traceback" not in err
+    assert "A file cannot be read or written." in err
     assert {p.name for p in (out / "checkpoints").iterdir()} == {".lock"}  # no half file

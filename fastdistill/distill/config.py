@@ -94,7 +94,7 @@ def read_file(path: str) -> dict[str, Any]:
             names the close ones.
     """
     extras.require("--config", "yaml")
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     title = f"The configuration file {path} cannot be used."
     try:

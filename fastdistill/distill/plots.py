@@ -131,27 +131,34 @@ def _lines(axes: Axes, outcome: Outcome, value: Callable[[dict[str, float]], flo
         )
 
 
-def _by_class(axes: Axes, outcome: Outcome) -> None:
-    """A heat map, students by the teacher's class: share of images where both agree."""
+def agreement_by_class(outcome: Outcome) -> tuple[list[str], np.ndarray[Any, Any]]:
+    """Share of test images on which student and teacher agree, by the class the teacher names.
+
+    Returns:
+        Names of the students, and [students, classes] over all their seeds; NaN for a class that
+        the teacher never names.
+    """
     teacher = outcome.teacher.test_logits.argmax(1).numpy()
-    classes = outcome.data.source.classes
     names = list(dict.fromkeys(student.name for student in outcome.students))
-    table = np.full((len(names), classes), np.nan)
+    table = np.full((len(names), outcome.data.source.classes), np.nan)
     for i, name in enumerate(names):
-        says = np.stack(
-            [s.test_logits.argmax(1).numpy() for s in outcome.students if s.name == name]
-        )
-        for c in range(classes):
-            if (teacher == c).any():
-                table[i, c] = (says[:, teacher == c] == c).mean()
-    low = float(np.nanmin(table))
-    axes.imshow(table, cmap="Blues", vmin=min(low, 0.8), vmax=1.05, aspect="auto")
-    middle = (min(low, 0.8) + 1.05) / 2
+        runs = [student for student in outcome.students if student.name == name]
+        says = np.stack([run.test_logits.argmax(1).numpy() for run in runs])
+        for c in np.unique(teacher):
+            table[i, c] = (says[:, teacher == c] == c).mean()
+    return names, table
+
+
+def _by_class(axes: Axes, outcome: Outcome) -> None:
+    """A heat map of `agreement_by_class`, in percent."""
+    names, table = agreement_by_class(outcome)
+    low, high = min(float(np.nanmin(table)), 0.8), 1.05  # 1.05: the darkest blue is not needed
+    axes.imshow(table, cmap="Blues", vmin=low, vmax=high, aspect="auto")
     for (i, c), share in np.ndenumerate(table):
         text = "" if np.isnan(share) else f"{100 * share:.0f}"
-        colour = "white" if share > middle else INK
+        colour = "white" if share > (low + high) / 2 else INK
         axes.text(c, i, text, ha="center", va="center", fontsize=8, color=colour)
-    axes.set_xticks(range(classes))
+    axes.set_xticks(range(table.shape[1]))
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(length=0, colors=INK)
     axes.spines[:].set_visible(False)
