@@ -18,8 +18,8 @@ row's sums, and from there in all its results.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -41,8 +41,8 @@ NEAR = tl.constexpr(0.1)
 HUGE = tl.constexpr(1e30)
 """Bound on a difference of logits inside a running sum, which stays finite with it."""
 
-HALF_TARGET = tl.constexpr(30000.0)
-"""What the bound on a float16 gradient is scaled to: below 65504 with room for rounding."""
+HALF_EXPONENT = tl.constexpr(14.75)
+"""log2 of what a float16 gradient's bound is scaled to: below 65504, with room for rounding."""
 
 _SIZES = ["rows", "cols", "inner", "s_outer", "s_step", "t_outer", "t_step", "s_shift", "g_shift"]
 """Arguments whose value must not select another compiled kernel."""
@@ -218,11 +218,11 @@ def _label(labels_ptr, s_ptr, start, row, kept, cols, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _hard_part(picked, m_s, log_sum, excess, smoothing, uniform, SMOOTH: tl.constexpr):
-    """(1 - eps) nll + eps / V sum_c(-log p_c), with excess = sum_c(m_s - s_c)."""
+def _hard_part(picked, m_s, log_sum, excess, smoothing, SMOOTH: tl.constexpr):
+    """(1 - eps) nll + eps / V sum_c(-log p_c), with excess = eps / V sum_c(m_s - s_c)."""
     part = (m_s - picked) + log_sum
     if SMOOTH:
-        part = (1.0 - smoothing) * part + (uniform * excess + smoothing * log_sum)
+        part = (1.0 - smoothing) * part + (excess + smoothing * log_sum)
     return part
 
 
@@ -234,8 +234,8 @@ def _finite_mean(mean, r_t):
 
 @triton.jit
 def _half_exponent(bound):
-    """n such that 2^n bound lies within (HALF_TARGET / 2, HALF_TARGET], as far as 60 reaches."""
-    n = tl.floor(tl.log2(HALF_TARGET / bound))
+    """N such that log2(2^n bound) is at most HALF_EXPONENT and within 1 of it, as far as 60 reaches."""
+    n = tl.floor(-tl.log2(bound) + HALF_EXPONENT)
     return tl.minimum(tl.maximum(n, -60.0), 60.0).to(tl.int32)
 
 
@@ -314,7 +314,7 @@ def _vectors(ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def _expectation(s, t, m_s, r_s, scale):
-    """sum q (s - t) over the classes of a tile with q > 0."""
+    """Sum q (s - t) over the classes of a tile with q > 0."""
     q = tl.exp2((s - m_s) * scale) * r_s
     return _sum_row(tl.where(q == 0.0, 0.0, q * (s - t)))
 
@@ -433,10 +433,10 @@ def _kd_rows_kernel(
         label, picked = _label(labels_ptr, s_ptr, s_start, row, kept, cols, DTYPE)
         excess = hard
         if SMOOTH:
-            excess = _sum_row(tl.where(inside, m_s - s, 0.0))
+            excess = _sum_row(tl.where(inside, uniform * (m_s - s), 0.0))
             if ENDS:
-                excess += _sum_row(tl.where(outside, m_s - s_end, 0.0))
-        hard = _hard_part(picked, m_s, tl.log(sum_1), excess, smoothing, uniform, SMOOTH)
+                excess += _sum_row(tl.where(outside, uniform * (m_s - s_end), 0.0))
+        hard = _hard_part(picked, m_s, tl.log(sum_1), excess, smoothing, SMOOTH)
 
     term, gradient = _tile(
         s, t, head + offset, label, m_s, m_t, r_s, r_t, 1.0 / sum_1, log_ratio, log_sum, mean,
@@ -468,7 +468,7 @@ def _kd_rows_kernel(
 
 @triton.jit
 def _clipped_difference(s, t, e):
-    """s - t within +-HUGE where the class has weight, else 0."""
+    """S - t within +-HUGE where the class has weight, else 0."""
     return tl.where(e > 0.0, tl.minimum(tl.maximum(s - t, -HUGE), HUGE), 0.0)
 
 
@@ -630,7 +630,7 @@ def _kd_blocks_kernel(
                 )  # fmt: skip
                 terms += tl.sum(term, 1)
                 if SMOOTH:
-                    excesses += tl.sum(tl.where(inside, m_s - s, 0.0), 1)
+                    excesses += tl.sum(tl.where(inside, uniform * (m_s - s), 0.0), 1)
                 if GRAD:
                     tl.store(g_body + at, gradient.to(g_ptr.dtype.element_ty), inside)
             s_end = _load(s_ptr + (s_start + end), outside, DTYPE)
@@ -643,12 +643,12 @@ def _kd_blocks_kernel(
             )  # fmt: skip
             soft = (tl.sum(terms, 0) + tl.sum(term_end)) * _scalar(part_factor, DTYPE)
             if SMOOTH:
-                excess = tl.sum(excesses, 0) + tl.sum(tl.where(outside, m_s - s_end, 0.0))
+                excess = tl.sum(excesses, 0) + tl.sum(tl.where(outside, uniform * (m_s - s_end), 0.0))
             if GRAD:
                 gradient_end = gradient_end.to(g_ptr.dtype.element_ty)
                 tl.store(g_ptr + (g_start + end), gradient_end, outside)
         if HARD:
-            hard = _hard_part(picked, m_s, tl.log(sum_1), excess, smoothing, uniform, SMOOTH)
+            hard = _hard_part(picked, m_s, tl.log(sum_1), excess, smoothing, SMOOTH)
     else:
         if SCALED:
             tl.store(grad_scale_ptr + row, 0.0)
@@ -696,7 +696,7 @@ def _kd_scale_kernel(
     IN_PLACE: tl.constexpr, ENDS: tl.constexpr, ALIGNED: tl.constexpr,
     DTYPE: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """out = grad times each row's factor; rows of `cols` elements, the last one maybe shorter."""
+    """Out = grad times each row's factor; rows of `cols` elements, the last one maybe shorter."""
     row = _program_rows(ROWS)
     valid = row < rows
     if PER_ROW:
@@ -729,9 +729,6 @@ def _kd_scale_kernel(
 # ----------------------------------------------------------------------------------------------
 # The launchers.
 
-_TL_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-
 class Config(NamedTuple):
     """How a forward kernel is launched."""
 
@@ -739,6 +736,7 @@ class Config(NamedTuple):
     in_registers: bool  # _kd_rows_kernel, or else _kd_blocks_kernel
     block: int  # elements of a tile: of one block, or of all the rows of a program
     warps: int
+    registers: int | None  # the most per thread, on NVIDIA
     reverse: bool = True  # also for reverse KL, which keeps more values alive
 
 
@@ -747,20 +745,21 @@ _NARROW_COLS = 64
 """Rows up to this length are read element by element: their ends would be most of them."""
 
 _SINGLE = (
-    Config(_NARROW_COLS, True, 512, 4),
-    Config(1024, True, 1024, 4),
-    Config(2048, True, 2048, 8),
-    Config(4096, True, 4096, 16),
-    Config(8192, True, 8192, 32, reverse=False),
-    Config(32768, False, 2048, 8),
-    Config(_ANY, False, 4096, 16),
+    Config(_NARROW_COLS, True, 512, 4, 128),
+    Config(512, True, 1024, 4, 168),
+    Config(1024, True, 1024, 4, 80),
+    Config(2048, True, 2048, 8, 80),
+    Config(4096, True, 4096, 16, 64),
+    Config(8192, True, 8192, 32, 64, reverse=False),
+    Config(_ANY, False, 2048, 8, 80),
 )
 _DOUBLE = (
-    Config(1024, True, 1024, 8),
-    Config(_ANY, False, 512, 8),
+    Config(_NARROW_COLS, True, 256, 4, 255),
+    Config(1024, True, 1024, 8, 128),
+    Config(_ANY, False, 512, 8, 128),
 )
-_SINGLE_64_LANES = tuple(c._replace(warps=c.warps // 2) for c in _SINGLE)
-_DOUBLE_64_LANES = tuple(c._replace(warps=c.warps // 2) for c in _DOUBLE)
+_SINGLE_64_LANES = tuple(c._replace(warps=c.warps // 2, registers=None) for c in _SINGLE)
+_DOUBLE_64_LANES = tuple(c._replace(warps=c.warps // 2, registers=None) for c in _DOUBLE)
 
 CONFIGS: dict[tuple[str, str], tuple[Config, ...]] = {
     ("sm_8", "single"): _SINGLE,
@@ -774,12 +773,13 @@ CONFIGS: dict[tuple[str, str], tuple[Config, ...]] = {
 }
 """(architecture, type of the arithmetic) -> configurations by length; the first that fits is taken.
 
-8 elements to a thread of 32 bits: 16 took 110 to 128 registers and halved the warps in flight, and
-rows of 16384 in registers spilled. Found by compiling ahead of time; no GPU has timed them yet.
+8 elements to a thread: 16 took 110 to 128 registers, which halves the warps in flight, and rows of
+16384 in registers spilled. Left alone, ptxas spills for the sake of a fourth block per processor;
+80 registers keep three (24 warps). Found by compiling ahead of time; no GPU has timed them yet.
 """
 
 
-@lru_cache(maxsize=None)
+@cache
 def _architecture(device: torch.device) -> str:
     if device.type != "cuda":
         return "sm_9"  # the interpreter
@@ -789,10 +789,17 @@ def _architecture(device: torch.device) -> str:
     return f"sm_{min(max(major, 8), 10)}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _config(device: torch.device, double: bool, cols: int, reverse: bool) -> Config:
     table = CONFIGS[_architecture(device), "double" if double else "single"]
     return next(c for c in table if cols <= c.cols and (c.reverse or not reverse))
+
+
+def _options(config: Config) -> dict[str, Any]:
+    options = {"num_warps": config.warps, "num_stages": 1, "enable_fp_fusion": True}
+    if config.registers is not None:
+        options["maxnreg"] = config.registers
+    return options
 
 
 def _shift(x: Tensor, vec: int) -> int:
@@ -805,7 +812,7 @@ def _power_of_two_at_least(n: int) -> int:
 
 
 class _Rows(NamedTuple):
-    """Where the rows of a tensor begin: see fastdistill.kd.layout."""
+    """Where the rows of a tensor begin (fastdistill.kd.layout), and element 0 in its vector."""
 
     outer: int
     step: int
@@ -814,6 +821,13 @@ class _Rows(NamedTuple):
     def like(self, other: _Rows, vec: int) -> bool:
         """Each row's vectors begin at the same class as in `other`."""
         return all((a - b) % vec == 0 for a, b in zip(self, other, strict=True))
+
+
+def _rows(x: Tensor, outer: int, step: int, inner: int, count: int, vec: int) -> _Rows:
+    """A stride that is never taken may say anything: here it goes on from the other one."""
+    if inner == 1:
+        step = outer if count > 1 else 0
+    return _Rows(step * inner if inner == count else outer, step, _shift(x, vec))
 
 
 def kd_fwd(
@@ -850,18 +864,16 @@ def kd_fwd(
         if not soft_term:
             temperature = 1.0
         inner = layout.inner_rows(student)
-        student, *s_strides = layout.strided_rows(student)
-        teacher, *t_strides = layout.strided_rows(teacher)
-        narrow = cols <= _NARROW_COLS
-        vec = 1 if narrow else 16 // min(student.element_size(), teacher.element_size())
-        s_rows = _Rows(*s_strides, _shift(student, vec))
-        t_rows = _Rows(*t_strides, _shift(teacher, vec))
-        g_rows = _Rows(inner * cols if s_rows.outer else 0, cols, _shift(grad, vec))
-        if not need_grad:
-            g_rows = s_rows
-        nested = any(r.outer and r.outer != r.step * inner for r in (s_rows, t_rows))
-        zero = _Rows(0, 0, 0)
-        exact = cols % vec == 0 and all(r.like(zero, vec) for r in (s_rows, t_rows, g_rows))
+        student, s_outer, s_step = layout.strided_rows(student)
+        teacher, t_outer, t_step = layout.strided_rows(teacher)
+        vec = 16 // min(student.element_size(), teacher.element_size())
+        if cols <= _NARROW_COLS:
+            vec = 1
+        s_rows = _rows(student, s_outer, s_step, inner, count, vec)
+        t_rows = _rows(teacher, t_outer, t_step, inner, count, vec)
+        g_rows = _rows(grad, inner * cols, cols, inner, count, vec) if need_grad else s_rows
+        aligned = _Rows(0, 0, 0)
+        exact = cols % vec == 0 and all(r.like(aligned, vec) for r in (s_rows, t_rows, g_rows))
         reverse = soft_term and divergence == "reverse_kl"
         config = _config(student.device, dtype is torch.float64, cols, reverse)
         constants = {
@@ -871,12 +883,12 @@ def kd_fwd(
             "UNIT": temperature == 1,
             "GRAD": need_grad,
             "SCALED": grad_scale.numel() > 0,
-            "NESTED": nested,
+            "NESTED": any(r.outer != r.step * inner for r in (s_rows, t_rows)),
             "ENDS": not exact,
             "T_LIKE_S": t_rows.like(s_rows, vec),
             "S_LIKE_G": s_rows.like(g_rows, vec),
             "T_LIKE_G": t_rows.like(g_rows, vec),
-            "DTYPE": _TL_TYPES[dtype],
+            "DTYPE": tl.float64 if dtype is torch.float64 else tl.float32,
             "VEC": vec,
         }
         if config.in_registers:
@@ -902,8 +914,10 @@ def kd_fwd(
                 count,
                 cols,
                 inner,
-                *s_strides,
-                *t_strides,
+                s_rows.outer,
+                s_rows.step,
+                t_rows.outer,
+                t_rows.step,
                 s_rows.shift,
                 g_rows.shift,
                 1 / temperature,
@@ -913,9 +927,7 @@ def kd_fwd(
                 soft_weight * squared,
                 label_smoothing,
                 **constants,
-                num_warps=config.warps,
-                num_stages=1,
-                enable_fp_fusion=True,
+                **_options(config),
             )
     if reduction != "none":
         for part, out in zip(parts, (loss, hard, soft), strict=True):
@@ -924,14 +936,14 @@ def kd_fwd(
 
 
 def kd_bwd(grad: Tensor, grad_scale: Tensor, grad_output: Tensor) -> Tensor:
-    """grad times its row's factors, as a new tensor."""
+    """Grad times its row's factors, as a new tensor."""
     out = torch.empty_like(grad)
     _scale(grad, out, grad_scale, grad_output)
     return out
 
 
 def kd_bwd_(grad: Tensor, grad_scale: Tensor, grad_output: Tensor) -> None:
-    """grad times its row's factors, in place; where they are 1 nothing is read or written."""
+    """Grad times its row's factors, in place; where they are 1 nothing is read or written."""
     _scale(grad, grad, grad_scale, grad_output)
 
 
@@ -971,7 +983,5 @@ def _scale(grad: Tensor, out: Tensor, grad_scale: Tensor, grad_output: Tensor) -
             VEC=vec,
             ROWS=tile_rows,
             LANES=lanes,
-            num_warps=config.warps,
-            num_stages=1,
-            enable_fp_fusion=True,
+            **_options(config),
         )

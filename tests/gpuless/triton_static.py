@@ -28,7 +28,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
+OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion", "maxnreg"}
 
 
 class Launch(NamedTuple):
@@ -163,7 +163,8 @@ def _report_amdgcn(text: str) -> Report:
                 instructions.append((access[1], _AMD_WIDTHS[kind]))
             else:
                 instructions.append(None)
-    spills = field("vgpr_spill_count") + field("sgpr_spill_count")
+    # Scalar registers spill into lanes of vector registers, not to memory.
+    spills = field("vgpr_spill_count") + field("private_segment_fixed_size")
     shared = field("group_segment_fixed_size")
     return _assemble(field("vgpr_count"), spills, shared, instructions, labels, branches)
 

@@ -1,0 +1,88 @@
+"""Makes Triton's interpreter honest where it is silently wrong (Triton 3.7).
+
+- bfloat16 is held as raw uint16. Casts to it truncate, where the hardware rounds to nearest even,
+  and arithmetic on it is done on the raw bits: here casts round, and arithmetic raises.
+- `tl.maximum` and `tl.minimum` propagate NaN there; on a GPU they drop it unless told otherwise.
+- Each call of one jit function by another patches all of triton.language again, though the launch
+  has done so: 3/4 of the time of a kernel made of functions.
+
+`install()` patches the interpreter of this process.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+
+def widen(raw: np.ndarray) -> np.ndarray:
+    """float32 of raw bfloat16."""
+    return (raw.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(x: np.ndarray) -> np.ndarray:
+    """Raw bfloat16 of float32, rounded to nearest even; NaN becomes the quiet one."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded.astype(np.uint16))
+
+
+def _is_bfloat16(*handles: Any) -> bool:
+    return any(h.dtype.scalar == tl.bfloat16 for h in handles)
+
+
+_original = {name: getattr(InterpreterBuilder, name) for name in ("cast_impl", "create_fp_to_fp")}
+_original |= {name: getattr(InterpreterBuilder, name) for name in ("binary_op", "unary_op")}
+
+
+def _cast(self: Any, source: Any, target: Any) -> Any:
+    kind = target.scalar
+    if source.dtype.scalar == tl.bfloat16 and kind.is_floating() and kind != tl.bfloat16:
+        return TensorHandle(widen(source.data).astype(interpreter._get_np_dtype(kind)), kind)
+    if kind == tl.bfloat16 and source.dtype.scalar != tl.bfloat16:
+        return TensorHandle(narrow(source.data.astype(np.float32)), kind)
+    return _original["cast_impl"](self, source, target)
+
+
+def _float_to_float(self: Any, source: Any, target: Any, rounding: Any) -> Any:
+    if tl.bfloat16 in (source.dtype.scalar, target.scalar):
+        return _cast(self, source, target)
+    return _original["create_fp_to_fp"](self, source, target, rounding)
+
+
+def _binary(self: Any, left: Any, right: Any, op: Any) -> Any:
+    if _is_bfloat16(left, right):
+        raise TypeError("bfloat16 arithmetic: the interpreter would do it on raw bits")
+    return _original["binary_op"](self, left, right, op)
+
+
+def _unary(self: Any, argument: Any, op: Any) -> Any:
+    if _is_bfloat16(argument):
+        raise TypeError("bfloat16 arithmetic: the interpreter would do it on raw bits")
+    return _original["unary_op"](self, argument, op)
+
+
+_patched_modules: set[int] = set()
+
+
+def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    module = id(self.fn.__globals__)
+    if module not in _patched_modules:  # those of triton.language itself, which a launch leaves out
+        _patched_modules.add(module)
+        interpreter._patch_lang(self.fn)
+    return self.rewrite()(*args, **kwargs)
+
+
+def install() -> None:
+    """Patch the interpreter."""
+    interpreter.InterpretedFunction.__call__ = _call
+    InterpreterBuilder.cast_impl = _cast
+    InterpreterBuilder.create_fp_to_fp = _float_to_float
+    InterpreterBuilder.binary_op = _binary
+    InterpreterBuilder.unary_op = _unary
+    InterpreterBuilder.create_maxnumf = lambda self, a, b: _binary(self, a, b, np.fmax)
+    InterpreterBuilder.create_minnumf = lambda self, a, b: _binary(self, a, b, np.fmin)
