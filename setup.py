@@ -109,7 +109,7 @@ class BuildKernels(build_ext):
 
     def build_cuda(self, ext, target, objects):
         nvcc = find_nvcc()
-        flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        flags = ["-std=c++17", "-O3", "-ftz=true", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         targets = [
             "-gencode=arch=compute_80,code=sm_80",
             "-gencode=arch=compute_90,code=[sm_90,compute_90]",
@@ -121,7 +121,9 @@ class BuildKernels(build_ext):
             cuda = s.suffix == ".cu"
             command = [nvcc, *flags, *targets, "-c", str(s)] if cuda else [cxx, *host, "-c", str(s)]
             jobs.append((command, s, objects / f"{s.stem}.o"))
-        self.compile_and_link(jobs, ext, [nvcc, "-shared", "-cudart", "static"], target)
+        # The static runtime's symbols stay private: another copy may be in the process.
+        link = [nvcc, "-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL"]
+        self.compile_and_link(jobs, ext, link, target)
 
     def compile_and_link(self, jobs, ext, link, target):
         newest_header = max(
@@ -139,15 +141,6 @@ class BuildKernels(build_ext):
         outputs = [str(out) for _, _, out in jobs]
         if pending or not target.exists():
             run([*link, *outputs, "-o", str(target)])
-
-    def copy_extensions_to_source(self):  # `setup.py build_ext --inplace` builds in place already
-        pass
-
-    def get_ext_fullpath(self, name):
-        if self.inplace or self.editable_mode:
-            suffix = sysconfig.get_config_var("EXT_SUFFIX")
-            return str(ROOT / (name.replace(".", "/") + suffix))
-        return super().get_ext_fullpath(name)
 
 
 def run(command):

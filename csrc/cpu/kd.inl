@@ -42,6 +42,7 @@ struct Group {
   R* g;                     // [block]: the gradient on its way out
   double *m_s, *m_t;        // [group * blocks]: block maxima, then the factors of the blocks
   double *z_s, *z_t, *z_1;  // [group * blocks]: block sums
+  double* z_d;              // [group * blocks]: sums of e_s - e_t
   double *f_s, *f_t, *f_1;  // [group * blocks]: what turns a cached exponential into a probability
   double *row_m_s, *row_m_t;  // [group]
   double* log_ratio;          // [group]: log(Z_s / Z_t), which u subtracts
@@ -75,7 +76,8 @@ static Group<R> carve(const KdArgs& a, const Shape& s, void* scratch, size_t* by
   w.x_s = c.take<R>(inputs);
   w.x_t = c.take<R>(inputs);
   w.g = c.take<R>(kBlock);
-  double** const per_item[] = {&w.m_s, &w.m_t, &w.z_s, &w.z_t, &w.z_1, &w.f_s, &w.f_t, &w.f_1};
+  double** const per_item[] = {&w.m_s, &w.m_t, &w.z_s, &w.z_t, &w.z_1,
+                               &w.z_d, &w.f_s, &w.f_t, &w.f_1};
   for (double** p : per_item) *p = c.take<double>(items);
   double** const per_row[] = {&w.row_m_s, &w.row_m_t, &w.log_ratio, &w.log_z_s, &w.log_z_1};
   for (double** p : per_row) *p = c.take<double>(rows);
@@ -177,14 +179,14 @@ struct Ahead {
 template <class R, bool SOFT, bool HARD, int K>
 static void exponentials(const R* __restrict x_s, const R* __restrict x_t, int64_t n, R max_s,
                          R max_t, Exp<R> at_t, Exp<R> at_1, R* __restrict e_s, R* __restrict e_t,
-                         R* __restrict e_1, double* z_s, double* z_t, double* z_1, Ahead ahead_s,
-                         Ahead ahead_t) {
+                         R* __restrict e_1, double* z_s, double* z_t, double* z_1, double* z_d,
+                         Ahead ahead_s, Ahead ahead_t) {
   const R infinity = static_cast<R>(__builtin_inf());
   const R from_s = max_s == -infinity ? R(0) : max_s;  // all masked: exp(-inf - 0) = 0, not NaN
   const R from_t = max_t == -infinity ? R(0) : max_t;
-  Lanes<R> sum_s, sum_t, sum_1;
+  Lanes<R> sum_s, sum_t, sum_1, sum_d;
   sum_s.fill(R(0));
-  sum_t = sum_1 = sum_s;
+  sum_t = sum_1 = sum_d = sum_s;
   for (int64_t i = 0; i < n; i += kLanes) {
     __builtin_prefetch(ahead_s.data + i * ahead_s.bytes, 0, 2);  // into L2: L1 is full
     if (SOFT) __builtin_prefetch(ahead_t.data + i * ahead_t.bytes, 0, 2);
@@ -198,6 +200,7 @@ static void exponentials(const R* __restrict x_s, const R* __restrict x_t, int64
         const R f = at_t(x_t[i + j] - from_t);
         e_t[i + j] = f;
         sum_t.at[j] += f;
+        sum_d.at[j] += e - f;
       }
       if (HARD && K == 0) {
         const R h = at_1(d);
@@ -211,6 +214,7 @@ static void exponentials(const R* __restrict x_s, const R* __restrict x_t, int64
   *z_s = sum_s.sum();
   *z_t = sum_t.sum();
   *z_1 = sum_1.sum();
+  *z_d = sum_d.sum();
 }
 
 // Step 2: from block maxima and sums to the constants of each row of the group.
@@ -245,21 +249,23 @@ static void constants(const Group<R>& w, int64_t rows, int64_t blocks, double in
       w.f_1[i] = at_1(w.m_s[i]);
     }
   }
-  double z_s[kGroupRows], z_t[kGroupRows], z_1[kGroupRows];
+  double z_s[kGroupRows], z_t[kGroupRows], z_1[kGroupRows], z_d[kGroupRows];
   for (int64_t r = 0; r < rows; r++) {
-    double s = 0, t = 0, one = 0;
+    double s = 0, t = 0, one = 0, difference = 0;
     for (int64_t i = r * blocks; i < (r + 1) * blocks; i++) {
       s += w.z_s[i] * w.f_s[i];
       t += w.z_t[i] * w.f_t[i];
       one += w.z_1[i] * w.f_1[i];
+      difference += w.f_s[i] * w.z_d[i] + (w.f_s[i] - w.f_t[i]) * w.z_t[i];
     }
     z_s[r] = s;
     z_t[r] = t;
     z_1[r] = one;
+    z_d[r] = difference;  // not s - t, whose rounding all u would share: 3e-5 of q - p at T = 1000
   }
 #pragma omp simd
   for (int64_t r = 0; r < rows; r++) {
-    w.log_ratio[r] = log1p_positive((z_s[r] - z_t[r]) / z_t[r]);
+    w.log_ratio[r] = log1p_positive(z_d[r] / z_t[r]);
     w.log_z_s[r] = log1p_positive(z_s[r] - 1.0);
     w.log_z_1[r] = log1p_positive(z_1[r] - 1.0);
     z_s[r] = 1.0 / z_s[r];
@@ -282,7 +288,7 @@ struct BlockConstants {
   R inv_t, shift, log_ratio;    // u = ((s - t) - shift) / T - log_ratio
   R from_s, log_z;              // -log q = (from_s - s) / T + log_z
   R c_hard, c_soft, c_uniform;  // gradient = c_hard q_1 + c_soft (...) - c_uniform
-  R sum;                        // reverse KL: the row's divergence
+  R mean;                       // reverse KL: sum q u of the row
 };
 
 // One class of sum p (exp(u) - 1 - u), and q - p without cancellation: both from one series near
@@ -297,15 +303,23 @@ FD_INLINE R bregman(R p, R q, R u, R* difference) {
   return near ? near_term : far_difference - pu;
 }
 
+// What the gradient of reverse KL needs of the whole row. It is q (u - sum q u): that sum, not the
+// divergence (equal but for rounding), since it takes an error common to all u out again.
+template <class R>
+struct Reverse {
+  double mean;  // sum q u
+  R largest;    // of |q u|
+};
+
 // Step 3 for one block of n classes: the gradient into g, the block's part of the divergence
 // returned. Reverse KL takes a first round for the sum (GRADIENT false) and a second one.
 template <class R, Divergence DIV, bool HARD, int K, bool GRADIENT>
 static R gradient(const BlockConstants<R>& c, const R* __restrict x_s, const R* __restrict x_t,
                   const R* __restrict e_s, const R* __restrict e_t, const R* __restrict e_1,
-                  int64_t n, R* __restrict g, R* largest) {
-  Lanes<R> sum, peak;
+                  int64_t n, R* __restrict g, Reverse<R>* reverse) {
+  Lanes<R> sum, peak, mean;
   sum.fill(R(0));
-  peak = sum;
+  peak = mean = sum;
   for (int64_t i = 0; i < n; i += kLanes) {
 #pragma omp simd
     for (int j = 0; j < kLanes; j++) {
@@ -319,7 +333,8 @@ static R gradient(const BlockConstants<R>& c, const R* __restrict x_s, const R* 
           sum.at[j] += bregman(q, p, -u, &difference);
           const R qu = q == R(0) ? R(0) : q * u;
           peak.at[j] = larger(qu < 0 ? -qu : qu, peak.at[j]);
-          out += c.c_soft * (qu - q * c.sum);
+          mean.at[j] += qu;
+          out += c.c_soft * (qu - q * c.mean);
         } else {
           const R term = bregman(p, q, u, &difference);
           if (DIV == Divergence::forward_kl) {
@@ -334,7 +349,10 @@ static R gradient(const BlockConstants<R>& c, const R* __restrict x_s, const R* 
       if (GRADIENT) g[i + j] = out;
     }
   }
-  if (largest) *largest = larger(peak.maximum(), *largest);
+  if (reverse) {
+    reverse->largest = larger(peak.maximum(), reverse->largest);
+    reverse->mean += mean.sum();
+  }
   return sum.sum();
 }
 
@@ -389,15 +407,16 @@ struct Pass {
       maxima<R, SOFT>(x_s, x_t, n, &max_s, &max_t);
       w.m_s[i] = max_s;
       w.m_t[i] = max_t;
-      exponentials<R, SOFT, HARD, K>(
-          x_s, x_t, n, max_s, max_t, at_t, at_1, w.e_s + at, w.e_t + at, w.e_1 + at, w.z_s + i,
-          w.z_t + i, w.z_1 + i, ahead(a.student, w.at_s[r], b), ahead(a.teacher, w.at_t[r], b));
+      exponentials<R, SOFT, HARD, K>(x_s, x_t, n, max_s, max_t, at_t, at_1, w.e_s + at, w.e_t + at,
+                                     w.e_1 + at, w.z_s + i, w.z_t + i, w.z_1 + i, w.z_d + i,
+                                     ahead(a.student, w.at_s[r], b),
+                                     ahead(a.teacher, w.at_t[r], b));
     }
   }
 
   // Rounds of step 3 over the blocks of row r; returns the sum of the divergence.
   template <Divergence DIV, bool HARD, int K, bool GRADIENT>
-  double round(int64_t r, BlockConstants<R> c, R* largest) const {
+  double round(int64_t r, BlockConstants<R> c, Reverse<R>* reverse) const {
     const int64_t y = HARD ? a.labels[w.row[r]] : -1;
     char* out = static_cast<char*>(a.grad) + w.row[r] * a.cols * size_of(a.student.type);
     double sum = 0;
@@ -413,7 +432,7 @@ struct Pass {
       c.hard_a_1 = R(c.c_hard * w.f_1[i]);
       const int64_t at = r * shape.stride + first;
       sum += gradient<R, DIV, HARD, K, GRADIENT>(c, x_s, x_t, w.e_s + at, w.e_t + at, w.e_1 + at,
-                                                 padded(n), w.g, largest);
+                                                 padded(n), w.g, reverse);
       if (GRADIENT && a.grad) {
         if (y >= first && y < first + n) w.g[y - first] -= c.c_hard * R(1.0 - a.label_smoothing);
         store(a.student.type, out, first, n, w.g, a.stream);
@@ -458,11 +477,11 @@ struct Pass {
     c.log_z = R(w.log_z_s[r]);
     double sum = 0, largest_step = 1.0;
     if (DIV == Divergence::reverse_kl) {
-      R largest = 0;
-      sum = round<DIV, HARD, K, false>(r, c, &largest);
+      Reverse<R> reverse{0, 0};
+      sum = round<DIV, HARD, K, false>(r, c, &reverse);
       const double infinity = __builtin_inf();
-      c.sum = sum == infinity ? R(__builtin_nan("")) : R(sum);  // no gradient there: NaN
-      largest_step = largest + sum;
+      c.mean = sum == infinity ? R(__builtin_nan("")) : R(reverse.mean);  // no gradient: NaN
+      largest_step = reverse.largest + __builtin_fabs(reverse.mean);
     }
     const double hard_size = __builtin_fabs(a.hard_weight);
     const double factor = row_factor(row, hard_size + __builtin_fabs(soft) * largest_step);

@@ -1,0 +1,46 @@
+"""Fixtures of the whole suite."""
+
+import pytest
+import torch
+
+import fastdistill
+from fastdistill import _native
+from fastdistill.kd import ops
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    """Each backend that runs on the CPU, requested explicitly."""
+    if request.param == "cpu" and _native.cpu().module is None:
+        pytest.skip(_native.cpu().reason)
+    with fastdistill.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def cpu():
+    """The compiled CPU backend, requested explicitly."""
+    if _native.cpu().module is None:
+        pytest.skip(_native.cpu().reason)
+    with fastdistill.backend("cpu"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch):
+    """Every output of an op starts as NaN: what a kernel does not write shows."""
+    allocate = ops.allocate
+
+    def poisoned(*args):
+        outputs = allocate(*args)
+        for x in outputs:
+            x.fill_(float("nan"))
+        return outputs
+
+    monkeypatch.setattr(ops, "allocate", poisoned)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Each test draws the same numbers wherever it runs."""
+    torch.manual_seed(0)
