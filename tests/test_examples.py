@@ -146,6 +146,33 @@ def test_shifted_logits_are_not_copied(cpu):
     torch.testing.assert_close(losses[0], losses[1])
 
 
+def large_allocations(f, size):
+    """How many bytes torch allocates in pieces of at least `size` bytes while f runs."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+        f()
+    made = [e.self_cpu_memory_usage for e in p.events() if e.self_cpu_memory_usage >= size]
+    return sum(made)
+
+
+def test_the_gradient_is_the_only_tensor_of_the_logits_size(cpu):
+    s, t = torch.randn(64, 1000, requires_grad=True), torch.randn(64, 1000)
+    labels = torch.randint(1000, (64,))
+    settings = {"temperature": 2.0, "hard_weight": 0.3, "soft_weight": 0.7}
+    size = s.numel() * s.element_size()
+
+    def step(loss):
+        return lambda: torch.autograd.grad(loss(), s)
+
+    ours = step(lambda: fastdistill.kd_loss(s, t, labels, **settings))
+    assert size <= large_allocations(ours, size // 2) < 1.1 * size
+    with torch.no_grad():
+        assert not large_allocations(
+            lambda: fastdistill.kd_loss(s, t, labels, **settings), size // 2
+        )
+    plain = step(lambda: F.kl_div((s / 2).log_softmax(-1), (t / 2).softmax(-1), reduction="sum"))
+    assert large_allocations(plain, size // 2) > 3 * size  # they would be seen
+
+
 # ---- The README ---------------------------------------------------------------------------------
 
 
