@@ -9,10 +9,12 @@
 namespace fd {
 namespace FD_ISA {
 
+#include "bench.inl"
 #include "kd.inl"
 
 extern const KdKernels kd_kernels;
-const KdKernels kd_kernels = {kd_scratch_bytes, kd_group_rows, kd_forward, kd_scale};
+const KdKernels kd_kernels = {kd_scratch_bytes, kd_group_rows, kd_forward,
+                              kd_scale,         exp_loop,      read_read_write};
 
 }  // namespace FD_ISA
 }  // namespace fd

@@ -46,6 +46,9 @@ struct KdKernels {
   int64_t (*group_rows)(const KdArgs&);
   void (*forward)(const KdArgs&, int64_t begin, int64_t end, void* scratch);
   void (*scale)(const ScaleArgs&, int64_t begin, int64_t end);
+  // For bench/ only (bench.inl).
+  float (*exp_loop)(const float* x, float* e, int64_t n, int64_t repeats);
+  void (*read_read_write)(const char* a, const char* b, char* out, int64_t bytes, bool stream);
 };
 
 }  // namespace fd
