@@ -38,8 +38,10 @@ LICENCES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code: 0, 2 for an error the user can fix, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(words)
+    arguments.words = words
     if arguments.command is None:
         parser.print_help()
         return USER_ERROR
@@ -132,8 +134,9 @@ def _distill(arguments: argparse.Namespace) -> int:
             figures = job.run(config, given.keys(), terminal)
         ui.summary(figures, config.out)
     except KeyboardInterrupt:
-        again = shlex.join(["fastdistill", "distill", "--resume", "--out", config.out])
-        print(f"Stopped. To continue: {again}", file=sys.stderr)
+        # All words again, not --out alone: Ctrl-C may come before the settings are written down.
+        again = ["fastdistill", *(word for word in arguments.words if word != "--resume")]
+        print(f"Stopped. To continue: {shlex.join(again)} --resume", file=sys.stderr)
         return INTERRUPTED
     return 0
 

@@ -180,9 +180,10 @@ def test_ctrl_c_before_anything_is_written(capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(job, "run", interrupt)
-    assert cli.main(["distill", "--out", "a b"]) == 130
-    err = capsys.readouterr().err
-    assert err == "Stopped. To continue: fastdistill distill --resume --out 'a b'\n"
+    for words in (["--out", "a b", "--seed", "3"], ["--out", "a b", "--resume", "--seed", "3"]):
+        assert cli.main(["distill", *words]) == 130
+        err = capsys.readouterr().err
+        assert err == "Stopped. To continue: fastdistill distill --out 'a b' --seed 3 --resume\n"
     monkeypatch.setattr(cli, "read_file", interrupt)
     assert cli.main(["distill", "--config", "x"]) == 130
     assert capsys.readouterr().err == "Stopped.\n"

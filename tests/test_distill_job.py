@@ -93,7 +93,7 @@ def test_results_json(finished):
     assert written["data"]["train_images"] == 320 and written["data"]["test_images"] == 80
     assert written["environment"]["torch"] == torch.__version__
     assert written["environment"]["device"] == "cpu"
-    assert written["environment"]["kd_loss_backend"] in ("cpu", "reference")
+    assert written["settings"]["backend"] in ("cpu", "reference")  # what "auto" meant
     assert written["settings"]["temperature"] == 4.0
     assert "licence" in written["data"] and "no pretrained" in written["models"]
 
@@ -268,7 +268,6 @@ def test_resume_with_other_settings_is_refused(copied, tmp_path, data):
     assert "seeds" not in text  # that one agrees
     refusal(lambda: resume(labelled=25), "labelled: 24 in the earlier run, now 25")
     refusal(lambda: resume(students=["both"]), "students: ['labels_only', 'distilled', 'both']")
-    refusal(lambda: resume(backend="reference"), "backend: auto in the earlier run, now reference")
     x, y = blobs(400, seed=1, contrast=FAINT)
     other = npz(tmp_path / "other.npz", x=x, y=y)
     refusal(lambda: resume(data=other), f"data: {data} in the earlier run, now {other}")
@@ -276,6 +275,23 @@ def test_resume_with_other_settings_is_refused(copied, tmp_path, data):
     x, y = blobs(400, contrast=FAINT)  # the same data elsewhere are the same data
     moved = npz(tmp_path / "moved.npz", x=x, y=y)
     assert accuracies(resume(data=moved, device="cpu")) == accuracies(figures)
+
+
+def test_resume_keeps_what_auto_meant(copied, monkeypatch):
+    out, figures = copied
+    manifest = json.loads((out / "job.json").read_text())
+    assert manifest["settings"]["backend"] == figures["settings"]["backend"] != "auto"
+    manifest["settings"]["backend"] = "triton"  # which does not run on a CPU
+    (out / "job.json").write_text(json.dumps(manifest))
+    refusal(
+        lambda: job.run(Config(out=str(out), resume=True, backend="reference"), ["backend"]),
+        "backend: triton in the earlier run, now reference",
+    )
+    monkeypatch.setenv("FASTDISTILL_BACKEND", "reference")
+    refusal(
+        lambda: job.run(Config(out=str(out), resume=True), ["resume"]),
+        "The backend triton of kd_loss cannot be used on cpu",
+    )
 
 
 def test_resume_with_changed_file_is_refused(tmp_path):
@@ -403,7 +419,7 @@ def test_backend_option_reaches_kd_loss(tmp_path, data, monkeypatch):
     small = SMALL | {"seeds": 1, "epochs": 1, "teacher_epochs": 1, "students": ["both"]}
     figures = job.run(Config(out=str(tmp_path), data=data, backend="reference", **small))
     assert asked == {"reference"}
-    assert figures["environment"]["kd_loss_backend"] == "reference"
+    assert figures["settings"]["backend"] == "reference"
 
 
 def test_one_seed_has_no_spread(tmp_path, data):

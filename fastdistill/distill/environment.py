@@ -22,7 +22,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def describe(device: torch.device, backend: str) -> dict[str, Any]:
+def describe(device: torch.device) -> dict[str, Any]:
     """Versions, machine and threads."""
     return {
         **versions(),
@@ -31,7 +31,6 @@ def describe(device: torch.device, backend: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
-        "kd_loss_backend": backend,
     }
 
 

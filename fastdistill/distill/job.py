@@ -68,15 +68,12 @@ def run(
     directory = Directory(config.out)
     with directory.locked():
         earlier = directory.read() if config.resume else None
-        if earlier is not None:
-            if "device" in explicit:
-                config = replace(config, device=choose_device(config.device).type)
-            config = resume.as_before(config, explicit, earlier)
-        elif config.resume:
+        if config.resume and earlier is None:
             listener.say(f"Nothing to resume in {config.out}: starting from the beginning.")
-        device = choose_device(config.device)
-        config = replace(config, device=device.type, data=_absolute(config.data))
-        backend = _probe(config.backend, device)
+        config = _resolve(config)
+        if earlier is not None:
+            config = _resolve(resume.as_before(config, explicit, earlier))
+        device = torch.device(config.device)
         data = load(config.data, config.seed)
         labelled_count(config, data)  # refuses before anything is replaced
         with _reproducible(None if earlier is None else earlier["threads"], listener):
@@ -84,7 +81,7 @@ def run(
             bench = Workbench(config, directory, run_id, data, device, listener)
             teacher, students = _train(bench, config)
             inference = speed.compare(teacher.model, students[0].model, bench.test_images)
-            about = environment.describe(device, backend)
+            about = environment.describe(device)
         outcome = Outcome(config, directory, data, teacher, students, inference, about)
         figures = results.figures(outcome)
         report.write(outcome, figures)
@@ -94,7 +91,7 @@ def run(
 
 def _train(bench: Workbench, config: Config) -> tuple[Network, list[Network]]:
     try:
-        with _asked(config.backend):
+        with fastdistill.backend(config.backend):
             return bench.train_all()
     except torch.OutOfMemoryError as error:
         raise JobError(
@@ -104,9 +101,16 @@ def _train(bench: Workbench, config: Config) -> tuple[Network, list[Network]]:
         ) from None
 
 
-def _absolute(source: str) -> str:
-    """So that --resume and `fastdistill evaluate` find the data from any working directory."""
-    return source if source == BUNDLED else str(Path(source).expanduser().resolve())
+def _resolve(config: Config) -> Config:
+    """Say what "auto" means here, and the data's absolute path: both must hold in a resumed run.
+
+    Another backend rounds otherwise, so a resumed run must not choose anew.
+    """
+    device = choose_device(config.device)
+    data = config.data
+    if data != BUNDLED:
+        data = str(Path(data).expanduser().resolve())
+    return replace(config, device=device.type, backend=_probe(config.backend, device), data=data)
 
 
 def choose_device(name: str) -> torch.device:
@@ -126,17 +130,15 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _asked(backend: str) -> AbstractContextManager[object]:
-    # "auto" leaves the choice to FASTDISTILL_BACKEND, which a block would override
-    return nullcontext() if backend == "auto" else fastdistill.backend(backend)
-
-
 def _probe(backend: str, device: torch.device) -> str:
     """Try the backend on two rows before the teacher is trained; the name of the one that ran."""
     logits = torch.tensor([[0.0, 1.0], [2.0, 0.0]], device=device)
     case = _backend.Case(device.type, (logits.dtype, logits.dtype), False)
+    # "auto" leaves the choice to FASTDISTILL_BACKEND, which a block would override
+    asked: AbstractContextManager[object]
+    asked = nullcontext() if backend == "auto" else fastdistill.backend(backend)
     try:
-        with _asked(backend):
+        with asked:
             fastdistill.kd_loss(logits, 2 * logits)
             return _backend.choose("kd_loss", case)
     except (RuntimeError, ValueError) as error:

@@ -20,7 +20,7 @@ def as_before(config: Config, explicit: Collection[str], earlier: dict[str, Any]
     """The earlier run's settings.
 
     Args:
-        config: the settings now, its device resolved.
+        config: the settings now, device and backend resolved.
         explicit: names of those that the user gave: they must agree with the earlier run's. But
             `data` may have moved; `begin` compares its content.
         earlier: the manifest.
