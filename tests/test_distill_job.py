@@ -10,7 +10,7 @@ import torch
 from test_distill_data import FAINT, blobs, npz, refusal
 
 import fastdistill
-from fastdistill.distill import job, models, plots, report, speed, store
+from fastdistill.distill import job, models, plots, report, speed, store, workbench
 from fastdistill.distill.config import Config
 from fastdistill.distill.directory import OUTPUTS, Directory
 from fastdistill.distill.evaluate import evaluate
@@ -406,6 +406,16 @@ def test_device_and_backend_refusals(tmp_path, data, monkeypatch):
     config = Config(out=str(tmp_path / "b"), data=data, device="cpu", backend="cuda")
     refusal(lambda: job.run(config), "backend cuda of kd_loss", "--backend reference")
     assert not (tmp_path / "b" / "job.json").exists()
+
+
+def test_lack_of_memory_is_told(tmp_path, data, monkeypatch):
+    def exhausted(self):
+        raise torch.OutOfMemoryError("tried to allocate 9 GiB\nand a page of details")
+
+    monkeypatch.setattr(workbench.Workbench, "train_all", exhausted)
+    config = Config(out=str(tmp_path), data=data, **SMALL)
+    text = refusal(lambda: job.run(config), "memory of cpu", "allocate 9 GiB", "batch_size")
+    assert "details" not in text
 
 
 def test_backend_option_reaches_kd_loss(tmp_path, data, monkeypatch):
