@@ -1,9 +1,11 @@
-"""Loads the compiled modules once, and keeps the reason when one cannot be loaded."""
+"""Loads the compiled modules, and keeps the reason when one cannot be loaded.
+
+They load with the package (3 ms), not at first use: torch.compile cannot trace an import.
+"""
 
 from __future__ import annotations
 
 import importlib
-from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -24,13 +26,15 @@ def _load(name: str, hint: str) -> Loaded:
         return Loaded(None, f"fastdistill.{name} did not load ({error}); {hint}")
 
 
-@cache
+_CPU = _load("_cpu", "reinstall with a C++ compiler on the path to build it")
+_CUDA = _load("_cuda", "it is built where nvcc is found at install time")
+
+
 def cpu() -> Loaded:
     """The CPU kernels (csrc/cpu)."""
-    return _load("_cpu", "reinstall with a C++ compiler on the path to build it")
+    return _CPU
 
 
-@cache
 def cuda() -> Loaded:
     """The CUDA C++ kernels (csrc/cuda); they load without a GPU, and fail at launch there."""
-    return _load("_cuda", "it is built where nvcc is found at install time")
+    return _CUDA

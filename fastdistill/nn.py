@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastdistill.kd import KDLossParts, kd_loss
+from fastdistill.kd.api import KDLossParts, check_settings, kd_loss
 
 __all__ = ["KDLoss"]
 
@@ -19,7 +19,7 @@ class KDLoss(nn.Module):
             go to `forward` (as may `normalizer`, which then replaces the module's).
 
     Raises:
-        TypeError: a keyword that `kd_loss` does not have.
+        TypeError, ValueError: a keyword that `kd_loss` does not have, or a value it would refuse.
     """
 
     _SETTINGS = (
@@ -36,6 +36,8 @@ class KDLoss(nn.Module):
         "return_parts",
     )
 
+    _PER_CALL = ("dim", "normalizer", "return_parts")  # checked with the logits
+
     def __init__(self, **settings: Any) -> None:
         super().__init__()
         for name in settings:
@@ -43,6 +45,8 @@ class KDLoss(nn.Module):
                 raise TypeError(
                     f"KDLoss: expected one of {', '.join(self._SETTINGS)}; got {name!r}"
                 )
+        scalars = {k: v for k, v in settings.items() if k not in self._PER_CALL}
+        check_settings(**scalars)
         self.settings = settings
 
     def forward(

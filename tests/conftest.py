@@ -44,3 +44,13 @@ def poisoned_outputs(monkeypatch):
 def seeded():
     """Each test draws the same numbers wherever it runs."""
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skip, visibly, what this machine or this run does not have."""
+    chosen = config.getoption("-m")
+    for item in items:
+        if "slow" in item.keywords and "slow" not in chosen:
+            item.add_marker(pytest.mark.skip(reason="needs 16 GB of memory: pytest -m slow"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastdistill import _backend, _native, _torch_private, _validate
 from fastdistill.kd import native_cuda, reference
@@ -39,17 +40,36 @@ class _KDLoss(torch.autograd.Function):
         return loss, hard, soft
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return (None,) * 17
         grad, grad_scale = ctx.saved_tensors
-        args = (grad, grad_scale, grad_output, ctx.backend)
-        if torch.compiler.is_compiling() or _torch_private.graph_is_kept():
-            grad = torch.ops.fastdistill.kd_bwd(*args)
-        else:
-            torch.ops.fastdistill.kd_bwd_(*args)
+        compiling = torch.compiler.is_compiling()
+        with torch.no_grad():
+            args = (grad, grad_scale, grad_output, ctx.backend)
+            if compiling or _torch_private.graph_is_kept():
+                grad = torch.ops.fastdistill.kd_bwd(*args)
+            else:
+                torch.ops.fastdistill.kd_bwd_(*args)
+        if not compiling and torch.is_grad_enabled():  # create_graph=True
+            grad = _NoSecondDerivative.apply(grad, torch.zeros((), requires_grad=True))
         return grad, *(None,) * 16
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """The fused gradient as a node that refuses to be differentiated, where a constant would be
+    differentiated to a silent zero."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, anchor: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(
+            "kd_loss: the fused kernels have no second derivative; compute this loss under "
+            'fastdistill.backend("reference"), or with a torch.func transform'
+        )
 
 
 def kd_loss(
@@ -145,14 +165,10 @@ def kd_loss(
         raise ValueError(f"student_logits: expected at least one class, got shape {list(shape)}")
     rows = student.shape[:-1]
 
-    temperature = _validate.positive("temperature", temperature)
-    hard_weight = _validate.number("hard_weight", hard_weight)
-    soft_weight = _validate.number("soft_weight", soft_weight)
-    label_smoothing = _validate.fraction("label_smoothing", label_smoothing)
-    divergence = _validate.choice("divergence", divergence, reference.DIVERGENCES)
-    scale_t2 = _validate.boolean("scale_t2", scale_t2)
-    ignore_index = _validate.integer("ignore_index", ignore_index)
-    reduction = _validate.choice("reduction", reduction, REDUCTIONS)
+    temperature, hard_weight, soft_weight, label_smoothing = check_settings(
+        temperature, hard_weight, soft_weight, divergence, scale_t2, ignore_index,
+        label_smoothing, reduction,
+    )  # fmt: skip
 
     if labels is not None:
         _check_labels(labels, rows, device)
@@ -166,6 +182,8 @@ def kd_loss(
         _check_per_row("row_weight", row_weight, rows, device)
         _validate.floating("row_weight", row_weight)
 
+    # None of these gets a gradient; the ops are not to be asked for one.
+    teacher, row_weight, normalizer = map(_detached, (teacher, row_weight, normalizer))
     divisor, scalar = _divisor(reduction, normalizer, shape, student.ndim, dim)
     if reduction == "batchmean" or normalizer is not None:
         reduction = "sum"
@@ -185,6 +203,33 @@ def kd_loss(
     else:
         loss, hard, soft = torch.ops.fastdistill.kd_fwd(student, *args, False, backend)[:3]
     return KDLossParts(loss, hard, soft) if return_parts else loss
+
+
+def check_settings(
+    temperature: float = 1.0,
+    hard_weight: float = 0.0,
+    soft_weight: float = 1.0,
+    divergence: str = "forward_kl",
+    scale_t2: bool = True,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> tuple[float, float, float, float]:
+    """Refuse what no call could use; the numbers among them, as floats."""
+    _validate.choice("divergence", divergence, reference.DIVERGENCES)
+    _validate.boolean("scale_t2", scale_t2)
+    _validate.integer("ignore_index", ignore_index)
+    _validate.choice("reduction", reduction, REDUCTIONS)
+    return (
+        _validate.positive("temperature", temperature),
+        _validate.number("hard_weight", hard_weight),
+        _validate.number("soft_weight", soft_weight),
+        _validate.fraction("label_smoothing", label_smoothing),
+    )
+
+
+def _detached(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) and x.requires_grad else x
 
 
 def _check_per_row(name: str, value: object, rows: torch.Size, device: torch.device) -> None:
@@ -250,6 +295,19 @@ def _refuse_cpu(case: _backend.Case) -> str | None:
     return _native.cpu().reason or _refuse_transforms(case)
 
 
+@lru_cache(maxsize=None)
+def _triton_missing() -> str | None:
+    if find_spec("triton") is None:  # finds it without importing it
+        return "the package triton is not installed"
+    return None
+
+
+def _refuse_triton(case: _backend.Case) -> str | None:
+    if case.device != "cuda":
+        return f"it runs on tensors on an NVIDIA or AMD GPU, not on {case.device}"
+    return _triton_missing() or _refuse_transforms(case)
+
+
 def _refuse_cuda(case: _backend.Case) -> str | None:
     if case.device != "cuda":
         return f"it runs on tensors on an NVIDIA GPU, not on {case.device}"
@@ -262,4 +320,12 @@ def _refuse_cuda(case: _backend.Case) -> str | None:
     return _native.cuda().reason or _refuse_transforms(case)
 
 
-_backend.register(OP, {"cuda": _refuse_cuda, "cpu": _refuse_cpu, "reference": lambda case: None})
+_backend.register(
+    OP,
+    {
+        "triton": _refuse_triton,
+        "cuda": _refuse_cuda,
+        "cpu": _refuse_cpu,
+        "reference": lambda case: None,
+    },
+)

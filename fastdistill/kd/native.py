@@ -103,6 +103,8 @@ def kd_bwd_(grad: Tensor, grad_scale: Tensor, grad_output: Tensor) -> None:
 
 
 def _scale(grad: Tensor, out: Tensor, grad_scale: Tensor, grad_output: Tensor) -> None:
+    if grad.numel() == 0:
+        return
     uniform = grad_output.ndim == 0 or not any(grad_output.stride())  # expanded, as by .sum()
     if not uniform:
         grad_output = grad_output.contiguous()
