@@ -1,0 +1,100 @@
+"""The command: `python -m bench kd`, `all`, `bars`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from bench import bars, cases, plots, report, run
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    if options.command == "bars":
+        return _bars(options)
+    ops = list(cases.OPS) if options.command == "all" else [options.command]
+    status = 0
+    for op in ops:
+        settings = run.Settings(
+            op=op,
+            device=options.device,
+            shapes=options.shapes or cases.OPS[op].shapes,
+            dtypes=options.dtypes,
+            threads=options.threads,
+            allocators=[options.allocator] if options.allocator else None,
+            contenders=options.contenders,
+            quick=options.quick,
+        )
+        results = run.measure(settings, print)
+        if options.json or options.command == "all":
+            path = options.json or RESULTS / f"{op}-{options.device}.json"
+            path.write_text(json.dumps(results, indent=1) + "\n")
+            print(f"written: {path}")
+        if options.command == "all":
+            target = (options.json or RESULTS / "x").parent
+            for picture in plots.draw(results, target):
+                print(f"drawn: {picture}")
+            if options.device == "cpu":
+                print("\n".join(bars.lines(results)))
+        status |= report.wrong(results, "fastdistill", "triton", "cuda")
+    return int(status)
+
+
+def _bars(options: argparse.Namespace) -> int:
+    path = options.json or RESULTS / "kd-cpu.json"
+    if not path.exists():
+        print(f"{path}: not there; run `python -m bench all` first", file=sys.stderr)
+        return 2
+    print("\n".join(bars.lines(json.loads(path.read_text()))))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    described = {op: f"measure {op}_loss" for op in cases.OPS}
+    described["all"] = "measure every op; JSON and plots into bench/results/"
+    for name, text in described.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--json", type=Path, metavar="F", help="write the rows there")
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        command.add_argument("--threads", type=_numbers, help="such as 2,1; default: all and 1")
+        command.add_argument("--shapes", type=_shapes, help="such as 512x32000,128x10")
+        command.add_argument("--dtypes", type=_dtypes, default=["fp32", "bf16"], help="fp32,bf16")
+        command.add_argument(
+            "--allocator",
+            choices=run.ALLOCATORS,
+            help="thp: THP_MEM_ALLOC_ENABLE=1 for every contender; default: both in turn",
+        )
+        command.add_argument(
+            "--contenders", type=_names, help="only these; 'wrong' is the negative control"
+        )
+        command.add_argument("--quick", action="store_true", help="a glance: few repetitions")
+    command = commands.add_parser("bars", help="the measured ratios next to the promised ones")
+    command.add_argument("--json", type=Path, metavar="F", help="default: results/kd-cpu.json")
+    return parser
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _shapes(text: str) -> list[tuple[int, ...]]:
+    return [tuple(int(n) for n in shape.split("x")) for shape in text.split(",")]
+
+
+def _dtypes(text: str) -> list[str]:
+    for name in text.split(","):
+        if name not in cases.DTYPES:
+            raise argparse.ArgumentTypeError(f"expected {', '.join(cases.DTYPES)}; got {name!r}")
+    return text.split(",")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

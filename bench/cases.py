@@ -1,0 +1,142 @@
+"""What is measured: one entry per op, with its inputs, its contenders and its truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastdistill
+from fastdistill import _backend
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+TEMPERATURE, HARD_WEIGHT, SOFT_WEIGHT = 2.0, 0.5, 0.5
+
+
+class Inputs(NamedTuple):
+    """Leaves of one call; the gradient is taken with respect to `student`."""
+
+    student: Tensor  # [N, V]
+    teacher: Tensor  # [N, V]
+    labels: Tensor  # [N]
+
+
+class Contender(NamedTuple):
+    """One way to compute the op."""
+
+    loss: Callable[[Inputs], Tensor]
+    truth: tuple[float, float] = (HARD_WEIGHT, SOFT_WEIGHT)  # weights of what it should compute
+    passes: int = 3  # arrays of the logits' size that any implementation has to move
+    unavailable: str | None = None
+
+
+class Op(NamedTuple):
+    """An op, as the benchmark sees it."""
+
+    name: str
+    shapes: list[tuple[int, ...]]
+    inputs: Callable[..., Inputs]
+    contenders: Callable[[str, str], dict[str, Contender]]  # (device, dtype) -> in this order
+    truth: Callable[..., Iterator[tuple[int, int, Tensor, Tensor]]]
+
+
+def kd_inputs(shape: tuple[int, ...], dtype: str, device: str) -> Inputs:
+    """Student and teacher disagree as much as they agree: no term of the loss is negligible."""
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(shape, generator=generator)
+    student = shared + torch.randn(shape, generator=generator)
+    teacher = shared.add_(torch.randn(shape, generator=generator))
+    labels = torch.randint(shape[-1], shape[:-1], generator=generator)
+    student, teacher = (x.to(device, DTYPES[dtype]) for x in (student, teacher))
+    return Inputs(student.requires_grad_(), teacher, labels.to(device))
+
+
+def kd_fastdistill(x: Inputs) -> Tensor:
+    """The public call."""
+    return fastdistill.kd_loss(
+        x.student,
+        x.teacher,
+        x.labels,
+        temperature=TEMPERATURE,
+        hard_weight=HARD_WEIGHT,
+        soft_weight=SOFT_WEIGHT,
+    )
+
+
+def kd_eager(
+    s: Tensor, t: Tensor, y: Tensor, hard: float = HARD_WEIGHT, soft: float = SOFT_WEIGHT
+) -> Tensor:
+    """The loss as people write it in PyTorch."""
+    log_q, p = F.log_softmax(s / TEMPERATURE, -1), F.softmax(t / TEMPERATURE, -1)
+    kl = F.kl_div(log_q, p, reduction="batchmean")
+    return hard * F.cross_entropy(s, y) + soft * TEMPERATURE**2 * kl
+
+
+def kd_contenders(device: str, dtype: str) -> dict[str, Contender]:
+    """On the CPU the library's choice, on a GPU each of its compiled backends as its own column."""
+    case = _backend.Case(device, (DTYPES[dtype],) * 2, False)
+    refusals = _backend.reasons("kd_loss", case)
+    if device == "cpu":
+        found = {"fastdistill": Contender(kd_fastdistill, unavailable=refusals["cpu"])}
+    else:
+        found = {
+            name: Contender(_under(name), unavailable=refusals[name]) for name in ("triton", "cuda")
+        }
+    compiled = torch.compile(kd_eager, dynamic=False)
+    return {
+        **found,
+        "eager": Contender(lambda x: kd_eager(*x)),
+        "compile": Contender(lambda x: compiled(*x)),
+        "cross_entropy_alone": Contender(
+            lambda x: F.cross_entropy(x.student, x.labels), truth=(1.0, 0.0), passes=2
+        ),
+        # The negative control: T^2 forgotten, the mistake that the field makes most.
+        "wrong": Contender(lambda x: kd_eager(*x, soft=SOFT_WEIGHT / TEMPERATURE**2)),
+    }
+
+
+def _under(backend: str) -> Callable[[Inputs], Tensor]:
+    def loss(x: Inputs) -> Tensor:
+        with fastdistill.backend(backend):
+            return kd_fastdistill(x)
+
+    return loss
+
+
+def kd_truth(
+    x: Inputs, hard: float, soft: float, elements: int = 1 << 17
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """(first row, last row, their part of the loss, their gradient) in float64, by autograd.
+
+    In pieces of 1 MB: a large temporary would teach malloc to keep memory that it otherwise
+    returns, and so change what is timed afterwards.
+    """
+    rows, classes = x.student.shape
+    step = max(1, elements // classes)
+    for begin in range(0, rows, step):
+        end = min(rows, begin + step)
+        s = x.student.detach()[begin:end].double().requires_grad_()
+        part = hard * F.cross_entropy(s, x.labels[begin:end], reduction="sum")
+        if soft != 0:
+            log_q = F.log_softmax(s / TEMPERATURE, -1)
+            log_p = F.log_softmax(x.teacher[begin:end].double() / TEMPERATURE, -1)
+            kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+            part = part + soft * TEMPERATURE**2 * kl
+        part = part / rows
+        (gradient,) = torch.autograd.grad(part, s)
+        yield begin, end, part.detach(), gradient
+
+
+OPS = {
+    "kd": Op(
+        name="kd",
+        shapes=[(512, 32000), (256, 128256), (2048, 1024), (8192, 100), (128, 10)],
+        inputs=kd_inputs,
+        contenders=kd_contenders,
+        truth=kd_truth,
+    ),
+}
