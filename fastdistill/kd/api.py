@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -295,7 +295,7 @@ def _refuse_cpu(case: _backend.Case) -> str | None:
     return _native.cpu().reason or _refuse_transforms(case)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _triton_missing() -> str | None:
     if find_spec("triton") is None:  # finds it without importing it
         return "the package triton is not installed"

@@ -234,7 +234,7 @@ def _finite_mean(mean, r_t):
 
 @triton.jit
 def _half_exponent(bound):
-    """N such that log2(2^n bound) is at most HALF_EXPONENT and within 1 of it, as far as 60 reaches."""
+    """The n with log2(2^n bound) at most HALF_EXPONENT and within 1 of it; |n| <= 60."""
     n = tl.floor(-tl.log2(bound) + HALF_EXPONENT)
     return tl.minimum(tl.maximum(n, -60.0), 60.0).to(tl.int32)
 
@@ -391,11 +391,17 @@ def _kd_rows_kernel(
             t_end = _load(t_ptr + (t_start + end), read_end, DTYPE)
             m_t = tl.maximum(m_t, _max_row(t_end))
 
-    sum_s = _sum_row(tl.exp2((s - m_s) * scale))
-    sum_t = _sum_row(tl.exp2((t - m_t) * scale))
+    e_s = tl.exp2((s - m_s) * scale)
+    e_t = tl.exp2((t - m_t) * scale)
+    sum_s = _sum_row(e_s)
+    sum_t = _sum_row(e_t)
+    excess_s = _sum_row(e_s - e_t)  # not sum_s - sum_t, whose rounding all u would share
     if ENDS:
-        sum_s += _sum_row(tl.exp2((s_end - m_s) * scale))
-        sum_t += _sum_row(tl.exp2((t_end - m_t) * scale))
+        e_s_end = tl.exp2((s_end - m_s) * scale)
+        e_t_end = tl.exp2((t_end - m_t) * scale)
+        sum_s += _sum_row(e_s_end)
+        sum_t += _sum_row(e_t_end)
+        excess_s += _sum_row(e_s_end - e_t_end)
     sum_1 = sum_s
     if HARD and not UNIT:
         sum_1 = _sum_row(tl.exp2((s - m_s) * LOG2E))
@@ -403,7 +409,7 @@ def _kd_rows_kernel(
             sum_1 += _sum_row(tl.exp2((s_end - m_s) * LOG2E))
     r_s = 1.0 / sum_s
     r_t = 1.0 / sum_t
-    log_ratio = _log1p((sum_s - sum_t) / sum_t)
+    log_ratio = _log1p(excess_s / sum_t)
     log_sum = tl.log(sum_s)
 
     mean = tl.zeros_like(sum_s)
@@ -643,7 +649,9 @@ def _kd_blocks_kernel(
             )  # fmt: skip
             soft = (tl.sum(terms, 0) + tl.sum(term_end)) * _scalar(part_factor, DTYPE)
             if SMOOTH:
-                excess = tl.sum(excesses, 0) + tl.sum(tl.where(outside, uniform * (m_s - s_end), 0.0))
+                excess = tl.sum(excesses, 0) + tl.sum(
+                    tl.where(outside, uniform * (m_s - s_end), 0.0)
+                )
             if GRAD:
                 gradient_end = gradient_end.to(g_ptr.dtype.element_ty)
                 tl.store(g_ptr + (g_start + end), gradient_end, outside)
@@ -729,6 +737,7 @@ def _kd_scale_kernel(
 # ----------------------------------------------------------------------------------------------
 # The launchers.
 
+
 class Config(NamedTuple):
     """How a forward kernel is launched."""
 
@@ -747,12 +756,13 @@ _NARROW_COLS = 64
 _SINGLE = (
     Config(_NARROW_COLS, True, 512, 4, 128),
     Config(512, True, 1024, 4, 168),
-    Config(1024, True, 1024, 4, 80),
+    Config(1024, True, 1024, 4, 96),
     Config(2048, True, 2048, 8, 80),
-    Config(4096, True, 4096, 16, 64),
+    Config(4096, True, 4096, 16, 64, reverse=False),
     Config(8192, True, 8192, 32, 64, reverse=False),
     Config(_ANY, False, 2048, 8, 80),
 )
+_SINGLE_BLACKWELL = tuple(c for c in _SINGLE if c.warps < 16)  # 4096 would spill there
 _DOUBLE = (
     Config(_NARROW_COLS, True, 256, 4, 255),
     Config(1024, True, 1024, 8, 128),
@@ -766,7 +776,7 @@ CONFIGS: dict[tuple[str, str], tuple[Config, ...]] = {
     ("sm_8", "double"): _DOUBLE,
     ("sm_9", "single"): _SINGLE,
     ("sm_9", "double"): _DOUBLE,
-    ("sm_10", "single"): _SINGLE,
+    ("sm_10", "single"): _SINGLE_BLACKWELL,
     ("sm_10", "double"): _DOUBLE,
     ("gfx9", "single"): _SINGLE_64_LANES,
     ("gfx9", "double"): _DOUBLE_64_LANES,

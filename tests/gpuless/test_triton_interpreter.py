@@ -14,8 +14,9 @@ pytest.importorskip("triton")
 
 def test_triton_under_the_interpreter() -> None:
     inner = Path(__file__).with_name("triton_interpreted.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(inner)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(inner)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=inner.parent)
+    root = inner.parents[2]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and " skipped" not in done.stdout, done.stdout[-2000:]

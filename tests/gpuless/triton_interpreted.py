@@ -330,7 +330,6 @@ def test_never_negative(kernel: str, divergence: str) -> None:
 # Rows that count for nothing, and values that are not numbers.
 
 
-
 def odd_rows(dtype: torch.dtype, cols: int, divergence: str) -> tuple[Tensor, Tensor]:
     """One kind of trouble to a row; the first row has none."""
     s, t = pair(17, cols, (dtype, dtype))
@@ -595,7 +594,8 @@ def test_shim_rounds_bfloat16_to_nearest_even() -> None:
     ours = torch.from_numpy(triton_shim.narrow(x.numpy()).view(np.int16)).view(BF16)
     assert torch.equal(ours, x.to(BF16))
     assert np.isnan(triton_shim.widen(triton_shim.narrow(np.array([NAN], np.float32)))).all()
-    assert torch.equal(torch.from_numpy(triton_shim.widen(ours.view(torch.int16).numpy().view(np.uint16))), ours.float())
+    widened = triton_shim.widen(ours.view(torch.int16).numpy().view(np.uint16))
+    assert torch.equal(torch.from_numpy(widened), ours.float())
 
 
 @triton.jit

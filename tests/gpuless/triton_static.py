@@ -135,7 +135,12 @@ def _report_cubin(cubin: bytes) -> Report:
                 branches.append((len(instructions), to[1]))
             width = next((_SASS_WIDTHS[m] for m in modifiers if m in _SASS_WIDTHS), 4)
             instructions.append((access, width) if access else None)
-    return _assemble(registers, spills, shared, instructions, labels, branches)
+    # A loop is what lies between a label and a later branch to it; only innermost ones count.
+    spans = {(labels[to], at) for at, to in branches if labels.get(to, at) < at}
+    inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    loops = [Counter(filter(None, instructions[a : b + 1])) for a, b in sorted(inner)]
+    accesses = Counter(filter(None, instructions))
+    return Report(registers, spills, shared, accesses, [x for x in loops if x])
 
 
 _AMD_WIDTHS = {"ubyte": 1, "byte": 1, "ushort": 2, "short": 2, "dword": 4, "dwordx2": 8}
@@ -148,39 +153,22 @@ def _report_amdgcn(text: str) -> Report:
         assert found, name
         return int(found[1])
 
-    instructions: list[tuple[str, int] | None] = []
-    labels: dict[str, int] = {}
-    branches: list[tuple[int, str]] = []
+    # The blocks of a loop may lie anywhere; the compiler's comments say which loop each is in.
+    headers = set(re.findall(r"Header=(BB\w+)", text))
+    headers |= set(re.findall(r"\.L(BB\w+):.*Loop Header", text))
+    accesses: Counter[tuple[str, int]] = Counter()
+    loops: dict[str, Counter[tuple[str, int]]] = {name: Counter() for name in sorted(headers)}
+    loop = None
     for line in text.splitlines():
-        if label := re.match(r"(\.L\w+):", line):
-            labels[label[1]] = len(instructions)
-        elif code := re.match(r"\s+([a-z]\w+)\s*(.*)", line):
-            access = re.match(r"(?:buffer|global|flat)_(load|store)_(?:short_d16_hi|(\w+))", code[1])
-            if code[1].startswith(("s_cbranch", "s_branch")):
-                branches.append((len(instructions), code[2].split()[0]))
-            if access:
-                kind = (access[2] or "short").removesuffix("_d16")
-                instructions.append((access[1], _AMD_WIDTHS[kind]))
-            else:
-                instructions.append(None)
+        if block := re.match(r"(?:\.L(BB\w+):|; %bb\.\d+:)", line):
+            within = re.search(r"Header=(BB\w+)", line)
+            loop = within[1] if within else block[1] if block[1] in headers else None
+        elif code := re.match(r"\s+(?:buffer|global|flat)_(load|store)_(\w+)", line):
+            width = _AMD_WIDTHS[code[2].removesuffix("_hi").removesuffix("_d16")]
+            accesses[code[1], width] += 1
+            if loop:
+                loops[loop][code[1], width] += 1
     # Scalar registers spill into lanes of vector registers, not to memory.
     spills = field("vgpr_spill_count") + field("private_segment_fixed_size")
     shared = field("group_segment_fixed_size")
-    return _assemble(field("vgpr_count"), spills, shared, instructions, labels, branches)
-
-
-def _assemble(
-    registers: int,
-    spills: int,
-    shared: int,
-    instructions: list[tuple[str, int] | None],
-    labels: dict[str, int],
-    branches: list[tuple[int, str]],
-) -> Report:
-    """A loop is what lies between a label and a later branch to it; only innermost ones count."""
-    spans = {(labels[to], at) for at, to in branches if labels.get(to, at) < at}
-    inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-    loops = [Counter(filter(None, instructions[a : b + 1])) for a, b in sorted(inner)]
-    return Report(
-        registers, spills, shared, Counter(filter(None, instructions)), [x for x in loops if x]
-    )
+    return Report(field("vgpr_count"), spills, shared, accesses, [x for x in loops.values() if x])
