@@ -410,7 +410,11 @@ def test_bad_labels_and_weights_spoil_their_rows_only(kernel: str) -> None:
     weight = torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0, 1.0])
     bad, good = [1, 2, 3, 4], [0, 5]
     call = Call(labels, row_weight=weight, hard_weight=0.5, reduction="none")
-    got = fused(s, t, call)
+    with loads() as read:
+        got = fused(s, t, call)
+    row = s.stride(0) * s.element_size()
+    beside = {s.data_ptr() + i * row + at * s.element_size() for i in range(6) for at in (-1, 65)}
+    assert not read & beside, "a label that is no class was looked up"
     assert got.loss[bad].isnan().all() and got.grad[bad].isnan().all()
     kept = call._replace(labels=labels[good], row_weight=weight[good])
     want = oracle(s[good], t[good], kept)
