@@ -34,6 +34,12 @@ def quick():
     patch.undo()
 
 
+@pytest.fixture
+def no_report(monkeypatch):
+    """Only the figures that `job.run` returns: drawing takes longer than the tiny trainings."""
+    monkeypatch.setattr(report, "write", lambda outcome, figures: None)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     x, y = blobs(400, contrast=FAINT)
@@ -190,6 +196,7 @@ def test_only_the_files_announced_are_left(finished):
     assert kept == students | {".lock", "teacher.safetensors", "teacher-logits.safetensors"}
 
 
+@pytest.mark.usefixtures("no_report")
 def test_same_seed_same_figures_other_seed_other_networks(finished, tmp_path, data):
     config, figures = finished
     again = job.run(Config(out=str(tmp_path / "a"), data=data, **SMALL))
@@ -213,6 +220,7 @@ def test_same_seed_same_figures_other_seed_other_networks(finished, tmp_path, da
     "moment", [("teacher", 0), ("teacher", 2), ("labels_only-seed1", 0), ("distilled-seed0", 1),
                ("both-seed1", 3)],
 )  # fmt: skip
+@pytest.mark.usefixtures("no_report")
 def test_resume_gives_the_same_figures(finished, tmp_path, data, moment):
     _, figures = finished
     config = Config(out=str(tmp_path), data=data, **SMALL)
@@ -348,6 +356,7 @@ def test_starting_over_replaces_own_files_only(tmp_path, data):
     assert json.loads((tmp_path / "job.json").read_text())["run"] != old
 
 
+@pytest.mark.usefixtures("no_report")
 def test_checkpoints_of_an_earlier_job_are_not_mistaken(tmp_path, data):
     """A kill between the new manifest and the removal of old checkpoints."""
     small = SMALL | {"seeds": 1, "epochs": 1, "teacher_epochs": 1, "students": ["distilled"]}
@@ -418,6 +427,7 @@ def test_lack_of_memory_is_told(tmp_path, data, monkeypatch):
     assert "details" not in text
 
 
+@pytest.mark.usefixtures("no_report")
 def test_backend_option_reaches_kd_loss(tmp_path, data, monkeypatch):
     from fastdistill import _backend
 
@@ -440,6 +450,7 @@ def test_one_seed_has_no_spread(tmp_path, data):
     assert "NaN" not in (tmp_path / "results.json").read_text()
 
 
+@pytest.mark.usefixtures("no_report")
 def test_colour_images_of_another_size(tmp_path):
     x, y = blobs(60, classes=3, side=12)
     colour = torch.from_numpy(x)[:, None].repeat(1, 3, 1, 1).numpy()[:, :, :, :9]

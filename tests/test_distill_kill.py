@@ -90,7 +90,6 @@ MOMENTS = (
     ("checkpoints/teacher.training.safetensors", 0.05),
     ("checkpoints/teacher.safetensors", 0.0),
     ("checkpoints/labels_only-seed0.training.safetensors", 0.02),
-    ("checkpoints/labels_only-seed1.safetensors", 0.0),
     ("checkpoints/distilled-seed1.training.safetensors", 0.03),
 )
 
