@@ -33,7 +33,8 @@ def _lines(found: dict) -> Iterator[str]:
 
 def _group(rows: dict[str, dict]) -> Iterator[str]:
     both = rows["both"]
-    yield f"{title(both)}, {both['repetitions']} repetitions"
+    dropped = f", {both['dropped']} more dropped (others at work)" if both["dropped"] else ""
+    yield f"{title(both)}, {both['repetitions']} repetitions{dropped}"
     yield (
         f"  {'':20}{'error: loss':>11}{'gradient':>9}{'forward':>10}{'backward':>10}{'both ms':>10}"
         f"{'IQR':>6}{'GB/s':>7}{'x limit':>9}{'peak MB':>9}"

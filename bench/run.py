@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from bench import report
 
 ROOT = Path(__file__).parent.parent
@@ -53,8 +55,8 @@ def measure(settings: Settings, say: Callable[[str], None]) -> dict:
 def _plan(s: Settings):
     """(spec of one worker, its environment variables) in the order in which they run."""
     cpu = s.device == "cpu"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    everything = [cores] if s.quick or cores == 1 or not cpu else [cores, 1]
+    threads = torch.get_num_threads()
+    everything = [threads] if s.quick or threads == 1 or not cpu else [threads, 1]
     allocators = s.allocators or (ALLOCATORS[:1] if s.quick or not cpu else ALLOCATORS)
     base = {
         "op": s.op,

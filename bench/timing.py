@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from statistics import median, quantiles
+from typing import NamedTuple
 
 import torch
 
 from bench.cases import Contender, Inputs
+from bench.environment import Others
 
 PASSES = ("forward", "backward", "both")
 
@@ -99,12 +101,27 @@ def cpu_call(work: Callable[[], object], scale: float = 1.0) -> Step:
     return step
 
 
-def in_turn(
-    steps: dict[str, Step], seconds: float, least: int, most: int
-) -> dict[str, dict[str, list[float]]]:
-    """{step: {pass: seconds of each repetition}}, as A B C, A B C, ...: drift meets all alike.
+BLOCK_SECONDS = 0.4
+QUIET = 0.06  # share of the machine that others may take in a block
+PATIENCE = 2.5  # how much longer than planned to wait for quiet ones
+
+
+class Turns(NamedTuple):
+    """The samples of all contenders, and what became of the rounds."""
+
+    samples: dict[Hashable, dict[str, list[float]]]  # step -> pass -> seconds of each repetition
+    kept: int
+    dropped: int  # rounds during which other processes were at work
+    others: float | None  # the share of the machine that they took during the rounds kept
+
+
+def in_turn(steps: Mapping[Hashable, Step], seconds: float, least: int, most: int) -> Turns:
+    """All steps as A B C, A B C, ...: drift meets all alike.
 
     As many rounds as fit into `seconds`, within `least` and `most`, after two that do not count.
+    Rounds come in blocks, and a block during which other processes were at work is dropped: by
+    that alone, never by its times, and for all contenders. Where fewer than `least` remain, all
+    count, and `others` tells.
     """
     for step in steps.values():
         step()
@@ -112,26 +129,43 @@ def in_turn(
     for step in steps.values():
         step()
     one = time.perf_counter() - begin
-    samples: dict[str, dict[str, list[float]]] = {name: {} for name in steps}
+    wanted = max(least, min(most, int(seconds / one)))
+    deadline = time.perf_counter() + PATIENCE * wanted * one
+    blocks: list[tuple[float | None, list[dict]]] = []
+    quiet = 0
     gc.collect()
     gc.disable()
     try:
-        for _ in range(max(least, min(most, int(seconds / one)))):
-            for name, step in steps.items():
-                for kind, value in step().items():
-                    samples[name].setdefault(kind, []).append(value)
+        while quiet < wanted and (time.perf_counter() < deadline or not blocks):
+            share, rounds = _block(steps, wanted - quiet)
+            blocks.append((share, rounds))
+            quiet += len(rounds) if (share or 0.0) <= QUIET else 0
     finally:
         gc.enable()
-    return samples
+    kept = [b for b in blocks if (b[0] or 0.0) <= QUIET] if quiet >= least else blocks
+    samples: dict[Hashable, dict[str, list[float]]] = {name: {} for name in steps}
+    for _, rounds in kept:
+        for one_round in rounds:
+            for name, sample in one_round.items():
+                for kind, value in sample.items():
+                    samples[name].setdefault(kind, []).append(value)
+    count = sum(len(rounds) for _, rounds in kept)
+    shares = [share for share, rounds in kept for _ in rounds if share is not None]
+    dropped = sum(len(rounds) for _, rounds in blocks) - count
+    return Turns(samples, count, dropped, sum(shares) / len(shares) if shares else None)
+
+
+def _block(steps: Mapping[Hashable, Step], most: int) -> tuple[float | None, list[dict]]:
+    others, begin = Others(), time.perf_counter()
+    rounds: list[dict] = []
+    while not rounds or (len(rounds) < most and time.perf_counter() - begin < BLOCK_SECONDS):
+        rounds.append({name: step() for name, step in steps.items()})
+    return others.share(), rounds
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
-    """Median, distance of the quartiles (both ms) and count."""
+    """Median and distance of the quartiles, in ms."""
     if len(seconds) == 1:
-        return {"median": seconds[0] * 1e3, "iqr": 0.0, "repetitions": 1}
+        return {"median": seconds[0] * 1e3, "iqr": 0.0}
     low, _, high = quantiles(seconds, n=4, method="inclusive")
-    return {
-        "median": median(seconds) * 1e3,
-        "iqr": (high - low) * 1e3,
-        "repetitions": len(seconds),
-    }
+    return {"median": median(seconds) * 1e3, "iqr": (high - low) * 1e3}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -13,17 +14,17 @@ from pathlib import Path
 import torch
 
 from bench import environment, errors, limits, memory
-from bench.cases import OPS, Contender, Inputs, Op
-from bench.timing import PASSES, CudaSteps, Step, cpu_step, in_turn, summary
+from bench.cases import DTYPES, OPS, Contender, Inputs, Op
+from bench.timing import PASSES, QUIET, CudaSteps, Step, Turns, cpu_step, in_turn, summary
 
 NOISY_SPREAD = 0.15
-NOISY_OTHERS = 0.10
 
 
 def measure(spec: dict) -> dict:
     """All dtypes in turn within one round, so that they can be compared; then the next threads."""
     op = OPS[spec["op"]]
     device = spec["device"]
+    about = environment.describe(device)
     peaks = {}
     if device == "cpu" and spec["memory"]:  # first: a fork has to come before the first thread
         for dtype in spec["dtypes"]:
@@ -36,7 +37,7 @@ def measure(spec: dict) -> dict:
         torch.set_num_threads(threads)
         torch._dynamo.reset()  # code for another number of threads is other code
         rows += _rows(op, spec, inputs, peaks)
-    return {"environment": environment.describe(device), "rows": rows}
+    return {"environment": about, "rows": rows}
 
 
 def _chosen(op: Op, spec: dict, dtype: str) -> dict[str, Contender]:
@@ -66,11 +67,9 @@ def _rows(op: Op, spec: dict, inputs: dict[str, Inputs], peaks: dict) -> list[di
             steps[dtype, name] = cuda.step(c, x) if cuda else cpu_step(c, x)
         for name, step in pieces.items():
             steps[dtype, name] = step
-    others = environment.Others()
-    samples = in_turn(steps, spec["seconds"], spec["least"], spec["most"])
-    share = others.share()
+    turns = in_turn(steps, spec["seconds"], spec["least"], spec["most"])
     return [
-        _row(op, spec, dtype, kind, samples, about[dtype], peaks, share)
+        _row(op, spec, dtype, kind, turns, about[dtype], peaks)
         for dtype in inputs
         for kind in PASSES
     ]
@@ -98,32 +97,20 @@ def _ready(found: dict[str, Contender], x: Inputs) -> tuple[dict, dict, dict]:
     return ready, skipped, first
 
 
-def _row(
-    op: Op,
-    spec: dict,
-    dtype: str,
-    kind: str,
-    samples: dict,
-    about: dict,
-    peaks: dict,
-    others: float | None,
-) -> dict:
-    stats = {name: summary(samples[dtype, name][kind]) for name in about["contenders"]}
-    pieces = {name: summary(samples[dtype, name]["both"]) for name in about["pieces"]}
+def _row(op: Op, spec: dict, dtype: str, kind: str, turns: Turns, about: dict, peaks: dict) -> dict:
+    stats = {name: summary(turns.samples[dtype, name][kind]) for name in about["contenders"]}
+    pieces = {name: summary(turns.samples[dtype, name]["both"]) for name in about["pieces"]}
     limit = None
     if kind == "both":  # the fused forward makes the gradient: only the whole has a limit
         limit = limits.combine({n: s["median"] for n, s in pieces.items()}, spec["device"])
-    elements = 1
-    for n in spec["shape"]:
-        elements *= n
-    logits = elements * (4 if dtype == "fp32" else 2)
+    logits = math.prod(spec["shape"]) * DTYPES[dtype].itemsize  # bytes of one array
     ms = {name: s["median"] for name, s in stats.items()}
     if limit:
         ms["limit"] = limit["ms"]
     spread = {name: s["iqr"] / s["median"] for name, s in stats.items()}
     noisy = [f"{name}: quartiles {v:.0%} apart" for name, v in spread.items() if v > NOISY_SPREAD]
-    if others is not None and others > NOISY_OTHERS:
-        noisy.append(f"other processes took {others:.0%} of the machine")
+    if (turns.others or 0.0) > QUIET:
+        noisy.append(f"other processes took {turns.others:.0%} of the machine")
     return {
         "op": op.name,
         "suite": spec["suite"],
@@ -136,7 +123,8 @@ def _row(
         "pass": kind,
         "ms": ms,
         "iqr_ms": {name: s["iqr"] for name, s in stats.items()},
-        "repetitions": next((s["repetitions"] for s in stats.values()), 0),
+        "repetitions": turns.kept,
+        "dropped": turns.dropped,
         "gb_per_s": {
             name: about["contenders"][name].passes * logits / s["median"] / 1e6
             for name, s in stats.items()
