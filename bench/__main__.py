@@ -1,6 +1,7 @@
 """The command: `python -m bench kd`, `all`, `bars`."""
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
             contenders=options.contenders,
             quick=options.quick,
         )
-        results = run.measure(settings, print)
+        results = run.measure(settings, functools.partial(print, flush=True))
         if options.json or options.command == "all":
             path = options.json or RESULTS / f"{op}-{options.device}.json"
             path.write_text(json.dumps(results, indent=1) + "\n")
