@@ -224,7 +224,7 @@ def test_kd_shift_invariance(backend):
 
 
 def test_kd_rows_beyond_32_bits(cpu):
-    """Row offsets past 2^31 elements, without the memory: the rows of an expanded tensor overlap."""
+    """Row offsets past 2^31 elements, without the memory: the rows of an expanded tensor."""
     row = logits((1, 4, 70_000), BF16)
     wide = row.expand(8000, 4, 70_000)
     assert wide.numel() > 2**31
