@@ -36,7 +36,7 @@ CPU_FLAGS = [
     "-Wextra",
 ]
 ISA_FLAGS = {
-    "isa_avx2": ["-mavx2", "-mfma"],
+    "isa_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "isa_avx512": [
         "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma",
         "-mprefer-vector-width=512",

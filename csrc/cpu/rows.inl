@@ -31,6 +31,32 @@ FD_INLINE uint16_t to_f16(float x) {  // round to nearest even
   return static_cast<uint16_t>(h | sign);
 }
 
+// kLanes elements at once; the processor's own conversions where it has them (a third of the time).
+FD_INLINE void widen_f16(const uint16_t* h, float* x) {
+#if defined(__AVX512F__)
+  _mm512_storeu_ps(x, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(h))));
+#elif defined(__F16C__)
+  for (int j = 0; j < kLanes; j += 8)
+    _mm256_storeu_ps(x + j,
+                     _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(h + j))));
+#else
+#pragma omp simd
+  for (int j = 0; j < kLanes; j++) x[j] = from_f16(h[j]);
+#endif
+}
+
+FD_INLINE void narrow_f16(const float* x, uint16_t* h) {  // round to nearest even
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(h), _mm512_cvtps_ph(_mm512_loadu_ps(x), 0));
+#elif defined(__F16C__)
+  for (int j = 0; j < kLanes; j += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(h + j), _mm256_cvtps_ph(_mm256_loadu_ps(x + j), 0));
+#else
+#pragma omp simd
+  for (int j = 0; j < kLanes; j++) h[j] = to_f16(x[j]);
+#endif
+}
+
 FD_INLINE float from_bf16(uint16_t h) {
   return from_bits<float>(static_cast<int32_t>(static_cast<uint32_t>(h) << 16));
 }
@@ -39,6 +65,22 @@ FD_INLINE uint16_t to_bf16(float x) {  // round to nearest even
   const uint32_t bits = static_cast<uint32_t>(bits_of<float>(x));
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+FD_INLINE void narrow_bf16(const float* x, uint16_t* h) {
+#if defined(__AVX512F__)
+  const __m512 v = _mm512_loadu_ps(x);
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  const __m512i high = _mm512_srli_epi32(sum, 16);
+  const __m512i out = _mm512_mask_mov_epi32(high, nan, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(h), _mm512_cvtepi32_epi16(out));
+#else
+#pragma omp simd
+  for (int j = 0; j < kLanes; j++) h[j] = to_bf16(x[j]);
+#endif
 }
 
 FD_INLINE int64_t size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
@@ -84,8 +126,14 @@ static const R* load(Type type, const void* row, int64_t first, int64_t n, R* bu
     for (int64_t i = 0; i < n; i++) buffer[i] = static_cast<R>(from_bf16(x[i]));
   } else if (type == Type::f16) {
     const uint16_t* x = static_cast<const uint16_t*>(row) + first;
+    const int64_t whole = n / kLanes * kLanes;
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      alignas(64) float lane[kLanes];
+      widen_f16(x + i, lane);
 #pragma omp simd
-    for (int64_t i = 0; i < n; i++) buffer[i] = static_cast<R>(from_f16(x[i]));
+      for (int j = 0; j < kLanes; j++) buffer[i + j] = static_cast<R>(lane[j]);
+    }
+    for (int64_t i = whole; i < n; i++) buffer[i] = static_cast<R>(from_f16(x[i]));
   } else {
     const float* x = static_cast<const float*>(row) + first;
 #pragma omp simd
@@ -135,18 +183,17 @@ template <class R>
 static void store(Type type, void* row, int64_t first, int64_t n, R* x, bool stream) {
   char* to = static_cast<char*>(row) + first * size_of(type);
   uint16_t* narrow = reinterpret_cast<uint16_t*>(x);
-  if (type == Type::bf16) {
+  if (type == Type::bf16 || type == Type::f16) {
     for (int64_t i = 0; i < n; i += kLanes) {
+      alignas(64) float wide[kLanes];
       uint16_t lane[kLanes];
 #pragma omp simd
-      for (int j = 0; j < kLanes; j++) lane[j] = to_bf16(static_cast<float>(x[i + j]));
-      __builtin_memcpy(narrow + i, lane, sizeof lane);
-    }
-  } else if (type == Type::f16) {
-    for (int64_t i = 0; i < n; i += kLanes) {
-      uint16_t lane[kLanes];
-#pragma omp simd
-      for (int j = 0; j < kLanes; j++) lane[j] = to_f16(static_cast<float>(x[i + j]));
+      for (int j = 0; j < kLanes; j++) wide[j] = static_cast<float>(x[i + j]);
+      if (type == Type::bf16) {
+        narrow_bf16(wide, lane);
+      } else {
+        narrow_f16(wide, lane);
+      }
       __builtin_memcpy(narrow + i, lane, sizeof lane);
     }
   } else if (type == Type::f32 && sizeof(R) == 8) {
