@@ -1,0 +1,95 @@
+"""kd_loss on a GPU: both kernels against the oracle in float64. Skipped where there is none."""
+
+import itertools
+
+import pytest
+import torch
+from budget import assert_within
+from test_kd_values import BF16, DIVERGENCES, F16, F32, logits, run
+
+import fastdistill as fd
+
+pytestmark = pytest.mark.gpu
+KERNELS = ["triton", "cuda"]
+
+
+def check(backend, student, teacher, labels, **settings):
+    """Values and gradient of a kernel on the GPU within the budget of float64."""
+    settings = {"labels": labels, "hard_weight": 0.5, **settings}
+    got = run(backend, student, teacher, **settings)
+    want = run("reference", student.double(), teacher.double(), **settings)
+    native = run("reference", student, teacher, **settings)
+    assert_within("loss", got[0].unsqueeze(-1), want[0].unsqueeze(-1), native[0].unsqueeze(-1))
+    assert_within("gradient", got[3], want[3], native[3])
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("classes", [1, 10, 100, 1000, 8192, 32000, 50257, 128256])
+def test_kd_values_and_grads(backend, dtype, classes):
+    s, t = logits((9, classes), dtype).cuda(), logits((9, classes), dtype).cuda()
+    y = torch.randint(classes, (9,)).cuda()
+    for divergence, temperature in itertools.product(DIVERGENCES, (1.0, 2.0, 3.0)):
+        check(backend, s, t, y, divergence=divergence, temperature=temperature)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_kd_identical_logits_are_exactly_zero(backend, dtype):
+    for classes, divergence in itertools.product((10, 1000, 50257), ("forward_kl", "reverse_kl")):
+        x = logits((5, classes), dtype).cuda()
+        loss, _, _, grad = run(backend, x, x.clone(), temperature=2.0, divergence=divergence)
+        assert loss == 0 and (grad == 0).all()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_kd_strided_rows_bad_rows_and_dropped_rows(backend):
+    base, other = logits((3, 7, 501), BF16).cuda(), logits((3, 7, 501), BF16).cuda()
+    s, t, y = base[:, :-1], other[:, 1:], torch.randint(501, (3, 6)).cuda()
+    y[0, 0] = -100
+    s[0, 0], s[1, 1, 3] = float("nan"), float("nan")
+    y[2, 2] = 501  # no class: NaN for that row, no synchronisation
+    loss, _, _, grad = run(
+        backend, s, t, torch.ones(3, 6).cuda(), labels=y, hard_weight=0.5, reduction="none"
+    )
+    bad = loss.isnan()
+    assert loss[0, 0] == 0 and (grad[0, 0] == 0).all()
+    assert bad.sum() == 2 and bad[1, 1] and bad[2, 2]
+    assert torch.equal(grad.isnan().any(-1), bad)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_kd_never_synchronises_and_can_be_captured(backend):
+    s = logits((64, 5000), BF16).cuda().requires_grad_()
+    t, y = logits((64, 5000), BF16).cuda(), torch.randint(5000, (64,)).cuda()
+
+    def step():
+        s.grad = None
+        with fd.backend(backend):
+            fd.kd_loss(s, t, y, hard_weight=0.5, temperature=2.0).backward()
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    want = s.grad.clone()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    captured = s.grad
+    captured.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, want)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second device")
+@pytest.mark.parametrize("backend", KERNELS)
+def test_kd_on_the_second_device(backend):
+    s, t = logits((4, 300)).to("cuda:1"), logits((4, 300)).to("cuda:1")
+    check(backend, s, t, torch.randint(300, (4,)).to("cuda:1"))
