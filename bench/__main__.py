@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         results = run.measure(settings, functools.partial(print, flush=True))
         if options.json or options.command == "all":
             path = options.json or RESULTS / f"{op}-{options.device}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)  # before minutes of measuring
             path.write_text(json.dumps(results, indent=1) + "\n")
             print(f"written: {path}")
         if options.command == "all":

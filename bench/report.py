@@ -56,5 +56,5 @@ def _group(rows: dict[str, dict]) -> Iterator[str]:
         yield f"  {'limit':20}{both['limit']['ms']:50.3f}  ({text})"
     for name, reason in both["skipped"].items():
         yield f"  {name:20}skipped: {reason}"
-    for what in both["noisy"]:
-        yield f"  noisy: {what}"
+    if both["noisy"]:
+        yield f"  noisy: {'; '.join(both['noisy'])}"

@@ -65,7 +65,7 @@ def _plan(s: Settings):
         "threads": s.threads or everything,
         "contenders": s.contenders,
         "memory": True,
-        "seconds": 1.0 if s.quick else 8.0,
+        "seconds": 1.0 if s.quick else 6.0,
         "least": 3 if s.quick else 7,
         "most": 50 if s.quick else 500,
     }

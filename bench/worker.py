@@ -108,7 +108,8 @@ def _row(op: Op, spec: dict, dtype: str, kind: str, turns: Turns, about: dict, p
     if limit:
         ms["limit"] = limit["ms"]
     spread = {name: s["iqr"] / s["median"] for name, s in stats.items()}
-    noisy = [f"{name}: quartiles {v:.0%} apart" for name, v in spread.items() if v > NOISY_SPREAD]
+    wide = [f"{name} {v:.0%}" for name, v in spread.items() if v > NOISY_SPREAD]
+    noisy = [f"quartiles far apart ({', '.join(wide)})"] if wide else []
     if (turns.others or 0.0) > QUIET:
         noisy.append(f"other processes took {turns.others:.0%} of the machine")
     return {

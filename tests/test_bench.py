@@ -145,7 +145,8 @@ def test_bench_takes_turns_and_medians():
         name: lambda name=name: order.append(name) or {"both": float(len(order))} for name in "abc"
     }
     turns = timing.in_turn(steps, seconds=0, least=4, most=4)
-    assert "".join(order) == "abc" * (len(order) // 3)
+    assert "".join(order) == "aabbcc" * (len(order) // 6)
+    assert turns.samples["a"]["both"][0] == 8.0  # the first round is warm-up, so is the first step
     assert turns.kept >= 4 and len(turns.samples["a"]["both"]) == turns.kept
     found = timing.summary([0.001, 0.002, 0.003, 0.004, 1.0])
     assert found["median"] == pytest.approx(3) and found["iqr"] == pytest.approx(2)
@@ -163,7 +164,7 @@ def test_bench_drops_rounds_by_the_others_alone(monkeypatch):
     monkeypatch.setattr(timing, "PATIENCE", 1e9)
     count = iter(range(100))
     turns = timing.in_turn({"a": lambda: {"both": next(count)}}, seconds=0, least=2, most=2)
-    assert turns.samples["a"]["both"] == [3, 5]  # 0 and 1 are warm-up, 2 and 4 disturbed
+    assert turns.samples["a"]["both"] == [5, 9]  # 0, 1 warm up; 2, 3 and 6, 7 were disturbed
     assert (turns.kept, turns.dropped, turns.others) == (2, 2, 0.0)
 
 
