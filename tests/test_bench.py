@@ -212,6 +212,39 @@ def test_bench_committed_results(path, tmp_path):
     assert pictures and all(picture.stat().st_size > 10_000 for picture in pictures)
 
 
+def test_bench_times_a_gpu_with_events(monkeypatch):
+    """The code that needs a GPU, run with events that tick once each time they are recorded."""
+    ticks = iter(range(100))
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(ticks)
+
+        def synchronize(self):
+            assert self.at is not None
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    slept = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    monkeypatch.setattr(timing.CudaSteps, "__init__", lambda self: None)
+    steps = timing.CudaSteps()
+    steps.flush = torch.ones(4)
+    x = cases.kd_inputs((4, 33), "fp32", "cpu")
+    found = cases.kd_contenders("cuda", "fp32")
+    assert list(found)[:2] == ["triton", "cuda"]
+    sample = steps.step(found["eager"], x)()
+    assert sample == pytest.approx({"forward": 1e-3, "backward": 1e-3, "both": 2e-3})
+    assert slept and not steps.flush.any()
+    pieces = {name: step()["both"] * 1e3 for name, step in limits.cuda_steps(x, steps).items()}
+    assert limits.combine(pieces, "cuda")["ms"] == pytest.approx(1.0)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_bench_on_a_gpu():
