@@ -9,13 +9,14 @@ import torch
 from torch.autograd import forward_ad
 
 _transform_active = getattr(torch._C, "_are_functorch_transforms_active", None)
+_level = getattr(torch._C._functorch, "maybe_current_level", None)  # torch.compile can trace it
 _keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
 
 
 def transforms_active() -> bool:
     """A functorch transform (grad, vmap, jvp, hessian, ...) or forward-mode AD is active."""
     if torch.compiler.is_compiling():
-        return False
+        return _level is not None and _level() is not None
     if _transform_active is not None and _transform_active():
         return True
     return getattr(forward_ad, "_current_level", -1) >= 0

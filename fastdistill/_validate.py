@@ -6,12 +6,12 @@ numbers only, never the values of a tensor: those are checked where that costs n
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
 
 import torch
 
+_INFINITY = float("inf")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -55,7 +55,7 @@ def number(name: str, value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
         value = float(value)
-    if not math.isfinite(value):
+    if not -_INFINITY < value < _INFINITY:  # torch.compile can trace this, not math.isfinite
         raise ValueError(f"{name}: expected a finite number, got {value}")
     return value
 

@@ -63,6 +63,58 @@ def test_kd_double_backward_raises_in_words(cpu):
         torch.autograd.grad(g.square().sum(), s)
 
 
+SECOND = {
+    "penalty": lambda f, s, g: torch.autograd.grad(g.square().sum() + s.square().sum(), s),
+    "backward(inputs)": lambda f, s, g: (g.square().sum() + s.square().sum()).backward(inputs=[s]),
+    "hessian": lambda f, s, g: torch.autograd.functional.hessian(f, s.detach()),
+    "hvp": lambda f, s, g: torch.autograd.functional.hvp(f, s.detach(), s.detach()),
+    "vhp": lambda f, s, g: torch.autograd.functional.vhp(f, s.detach(), s.detach()),
+    "jvp by two backwards": lambda f, s, g: torch.autograd.functional.jvp(
+        f, s.detach(), s.detach()
+    ),
+}
+
+
+@pytest.mark.parametrize("way", SECOND)
+def test_kd_no_way_to_a_silent_second_derivative(cpu, way):
+    s, t = logits((3, 7)).requires_grad_(), logits((3, 7))
+    (g,) = torch.autograd.grad(fd.kd_loss(s, t), s, create_graph=True)
+    with pytest.raises(RuntimeError, match=r'second derivative.*backend\("reference"\)'):
+        SECOND[way](lambda x: fd.kd_loss(x, t), s, g)
+
+
+@pytest.mark.parametrize("transform", ["grad", "jacrev", "hessian"])
+def test_kd_transforms_inside_compile(transform):
+    torch._dynamo.reset()
+    s, t = logits((3, 5), spread=1.0), logits((3, 5), spread=1.0)
+
+    def apply(x):
+        return getattr(torch.func, transform)(lambda z: fd.kd_loss(z, t, temperature=2.0))(x)
+
+    torch.testing.assert_close(torch.compile(apply, backend="aot_eager")(s), apply(s))
+
+
+def test_kd_a_schedule_of_settings_compiles_whole(cpu):
+    torch._dynamo.reset()
+    s, t, y = logits((4, 9)), logits((4, 9)), torch.randint(9, (4,))
+
+    def loss(temperature, weight):
+        return fd.kd_loss(s, t, y, temperature=temperature, hard_weight=weight)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for settings in ((2.0, 0.5), (1.5, 0.4), (1.0, 0.3)):
+        assert torch.equal(compiled(*settings), loss(*settings))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_kd_dropped_rows_stay_zero_whatever_comes_from_outside(backend, dtype):
+    s, t = logits((4, 9), dtype).requires_grad_(), logits((4, 9), dtype)
+    mask = torch.tensor([True, False, True, True])
+    rows = fd.kd_loss(s, t, mask=mask, reduction="none")
+    rows.sqrt().sum().backward()  # d sqrt(0) = inf
+    assert (s.grad[1] == 0).all() and s.grad[mask].isfinite().all()
+
+
 def test_kd_create_graph_of_an_outer_sum_still_works(cpu):
     """create_graph alone asks for no second derivative of the loss."""
     s, t = logits((3, 7)).requires_grad_(), logits((3, 7))

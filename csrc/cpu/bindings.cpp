@@ -80,7 +80,6 @@ void kd_scale(uintptr_t in, uintptr_t out, int type, int64_t rows, int64_t cols,
                rows,
                cols,
                nullptr,
-               false,
                false};
   call.grad_scale = pointer<float>(grad_scale);
   call.grad_output = pointer<void>(grad_output);

@@ -13,8 +13,6 @@ namespace fd {
 namespace {
 
 constexpr int64_t kSerialElements = 16384;  // below this a second thread costs more than it gives
-constexpr int64_t kStreamBytes = int64_t{8}
-                                 << 40;  // gradients from here on leave the caches anyway
 constexpr int64_t kHugePageBytes = 4 << 20;
 
 // The factor of each row in the loss, and the checks of the values that decide it.
@@ -97,7 +95,6 @@ KdStatus kd_forward(const KdKernels& kernels, const KdCall& call) {
   a.row_scale = scale.data();
   a.hard = hard.data();
   a.soft = soft.data();
-  a.stream = bytes >= kStreamBytes;
   if (a.hard_weight == 0 && a.soft_weight == 0) {  // neither term is computed
     if (a.grad) std::memset(a.grad, 0, static_cast<size_t>(bytes));
     if (a.grad_scale) std::memset(a.grad_scale, 0, static_cast<size_t>(a.rows) * sizeof(float));
@@ -131,7 +128,6 @@ void kd_scale(const KdKernels& kernels, const KdScaleCall& call) {
   a.uniform = !per_row;
   const int64_t bytes = a.rows * a.cols * call.item_bytes;
   if (a.in != a.out && bytes >= kHugePageBytes) advise_huge_pages(a.out, bytes);
-  a.stream = bytes >= kStreamBytes;
   const int threads = a.rows * a.cols < kSerialElements ? 1 : call.threads;
   parallel_chunks(a.rows, 1, threads,
                   [&](int, int64_t begin, int64_t end) { kernels.scale(a, begin, end); });

@@ -26,7 +26,6 @@ struct KdArgs {
   bool scale_t2;
   void* grad;         // [rows, cols] contiguous in the student's type, or null
   float* grad_scale;  // [rows] for f16: what `grad` still has to be multiplied by; else null
-  bool stream;        // the gradient is larger than the caches: write past them
   double* hard;       // [rows] out: the parts of each row, T^2 included, no weight
   double* soft;
 };
@@ -37,7 +36,7 @@ struct ScaleArgs {  // out = in * factor of the row, for the backward pass
   Type type;
   int64_t rows, cols;
   const double* factor;  // [rows], or [1] where `uniform`
-  bool uniform, stream;
+  bool uniform;
 };
 
 // One per instruction set; `scratch` belongs to one thread and is 64-byte aligned.

@@ -435,7 +435,7 @@ struct Pass {
                                                  padded(n), w.g, reverse);
       if (GRADIENT && a.grad) {
         if (y >= first && y < first + n) w.g[y - first] -= c.c_hard * R(1.0 - a.label_smoothing);
-        store(a.student.type, out, first, n, w.g, a.stream);
+        store(a.student.type, out, first, n, w.g);
       }
     }
     return sum;
@@ -471,8 +471,12 @@ struct Pass {
     const double soft = DIV == Divergence::none ? 0.0 : a.soft_weight * t2 * inv_t;
     BlockConstants<R> c{};
     c.inv_t = R(inv_t);
-    c.shift = R(w.row_m_s[r] - w.row_m_t[r]);
-    c.log_ratio = R(w.log_ratio[r]);
+    // u = ((s - t) - shift) / T - log_ratio. All but the rounding of the sum goes into `shift`: an
+    // error common to all u shows in the gradient of forward KL (1e-5 of it at T = 1000).
+    const R apart = R(w.row_m_s[r]) - R(w.row_m_t[r]);  // rounded as s - t is
+    const double shift = apart + temperature * w.log_ratio[r];
+    c.shift = R(shift);
+    c.log_ratio = R((shift - static_cast<double>(c.shift)) * inv_t);
     c.from_s = R(w.row_m_s[r]);
     c.log_z = R(w.log_z_s[r]);
     double sum = 0, largest_step = 1.0;
@@ -513,7 +517,6 @@ struct Pass {
       constants<R>(w, rows, shape.blocks, inv_t);
       for (int64_t r = 0; r < rows; r++) step3<DIV, HARD, K>(r);
     }
-    if (a.stream) stream_fence();
   }
 
   template <Divergence DIV>
@@ -580,12 +583,14 @@ static void scale_rows(const ScaleArgs& a, int64_t begin, int64_t end) {
       const R* x = load(a.type, in, first, n, buffer);
       for (int64_t i = 0; i < padded(n); i += kLanes) {
 #pragma omp simd
-        for (int j = 0; j < kLanes; j++) buffer[i + j] = x[i + j] * factor;
+        for (int j = 0; j < kLanes; j++) {
+          // A gradient of 0 stays: a dropped row has none, whatever comes from outside.
+          buffer[i + j] = x[i + j] == R(0) ? R(0) : x[i + j] * factor;
+        }
       }
-      store(a.type, out, first, n, buffer, a.stream);
+      store(a.type, out, first, n, buffer);
     }
   }
-  if (a.stream) stream_fence();
 }
 
 static void kd_scale(const ScaleArgs& a, int64_t begin, int64_t end) {

@@ -5,7 +5,7 @@
 namespace fd {
 
 struct KdCall {
-  KdArgs args;               // row_scale, hard, soft and stream are filled in by the driver
+  KdArgs args;               // row_scale, hard and soft are filled in by the driver
   const bool* mask;          // [rows] or null; true keeps
   const double* row_weight;  // [rows] or null
   int64_t ignore_index;

@@ -11,6 +11,7 @@ struct Real;
 template <>
 struct Real<float> {
   using Bits = int32_t;
+  using Unsigned = uint32_t;
   static constexpr int mantissa = 23;
   static constexpr float magic = 12582912.0f + 127.0f;  // 1.5 * 2^23 + exponent bias
   static constexpr double lowest = -88.0;               // exp of it and below is 0
@@ -19,6 +20,7 @@ struct Real<float> {
 template <>
 struct Real<double> {
   using Bits = int64_t;
+  using Unsigned = uint64_t;
   static constexpr int mantissa = 52;
   static constexpr double magic = 6755399441055744.0 + 1023.0;
   static constexpr double lowest = -709.1;
@@ -85,7 +87,8 @@ struct Exp {
     const R f = (x * high - n) + x * low;
     const R p = exp2_tail(f) * f + R(1);
     // 2^n as a factor, not added to the exponent: NaN p stays NaN. At `lowest` its bits are 0.
-    return p * from_bits<R>(static_cast<U>(bits_of<R>(shifted)) << T::mantissa);
+    return p * from_bits<R>(static_cast<U>(static_cast<typename T::Unsigned>(bits_of<R>(shifted))
+                                           << T::mantissa));
   }
 };
 
@@ -114,7 +117,7 @@ FD_INLINE double log1p_positive(double x) {
   const double y = 1.0 + x;
   const int64_t bits = bits_of<double>(y);
   const int64_t k = (bits - 0x3fe6a09e667f3bcd) >> 52;  // y = m 2^k, m in [sqrt(1/2), sqrt(2))
-  const double m = from_bits<double>(bits - (k << 52));
+  const double m = from_bits<double>(bits - k * (int64_t{1} << 52));
   const double num = k == 0 ? x : m - 1.0;  // x itself where 1 + x would round it
   const double f = num / (2.0 + num), f2 = f * f;
   double p = 1.0 / 21;

@@ -1,4 +1,4 @@
-// Rows of logits into arithmetic and back: element types, padding, streaming stores.
+// Rows of logits into arithmetic and back: element types and padding.
 // Included once per instruction set, inside that set's namespace.
 #pragma once
 #include "math.inl"
@@ -143,44 +143,10 @@ static const R* load(Type type, const void* row, int64_t first, int64_t n, R* bu
   return buffer;
 }
 
-// Writes past the caches in full lines; the callers fence once at the end (`stream_fence`).
-static void stream_copy(char* to, const char* from, int64_t bytes) {
-#if defined(__AVX512F__)
-  constexpr int64_t line = 64;
-#elif defined(__AVX__)
-  constexpr int64_t line = 32;
-#else
-  constexpr int64_t line = 16;
-#endif
-  int64_t head = -reinterpret_cast<intptr_t>(to) & (line - 1);
-  head = head < bytes ? head : bytes;
-  __builtin_memcpy(to, from, static_cast<size_t>(head));
-  int64_t i = head;
-#if defined(__AVX512F__)
-  for (; i + line <= bytes; i += line)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
-#elif defined(__AVX__)
-  for (; i + line <= bytes; i += line)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
-                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
-#elif defined(__SSE2__)
-  for (; i + line <= bytes; i += line)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
-                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
-#endif
-  __builtin_memcpy(to + i, from + i, static_cast<size_t>(bytes - i));
-}
-
-static void stream_fence() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
-
 // Elements [first, first + n) of a row from `x`, rounded to nearest. `x` is overwritten where the
 // type is narrower.
 template <class R>
-static void store(Type type, void* row, int64_t first, int64_t n, R* x, bool stream) {
+static void store(Type type, void* row, int64_t first, int64_t n, R* x) {
   char* to = static_cast<char*>(row) + first * size_of(type);
   uint16_t* narrow = reinterpret_cast<uint16_t*>(x);
   if (type == Type::bf16 || type == Type::f16) {
@@ -205,11 +171,5 @@ static void store(Type type, void* row, int64_t first, int64_t n, R* x, bool str
       __builtin_memcpy(single + i, lane, sizeof lane);
     }
   }
-  const char* from = reinterpret_cast<const char*>(x);
-  const int64_t bytes = n * size_of(type);
-  if (stream) {
-    stream_copy(to, from, bytes);
-  } else {
-    __builtin_memcpy(to, from, static_cast<size_t>(bytes));
-  }
+  __builtin_memcpy(to, x, static_cast<size_t>(n * size_of(type)));
 }

@@ -31,10 +31,12 @@ class _KDLoss(torch.autograd.Function):
     """The fused route: the gradient is made in the forward pass, backward only scales it."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, student: Tensor, anchor: Tensor | None, *args: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
         loss, hard, soft, grad, grad_scale = torch.ops.fastdistill.kd_fwd(student, *args)
         ctx.backend = args[-1]
-        ctx.save_for_backward(grad, grad_scale)
+        ctx.save_for_backward(grad, grad_scale, anchor)
         ctx.mark_non_differentiable(hard, soft)
         ctx.set_materialize_grads(False)
         return loss, hard, soft
@@ -42,8 +44,8 @@ class _KDLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return (None,) * 17
-        grad, grad_scale = ctx.saved_tensors
+            return (None,) * 18
+        grad, grad_scale, anchor = ctx.saved_tensors
         compiling = torch.compiler.is_compiling()
         with torch.no_grad():
             args = (grad, grad_scale, grad_output, ctx.backend)
@@ -51,17 +53,21 @@ class _KDLoss(torch.autograd.Function):
                 grad = torch.ops.fastdistill.kd_bwd(*args)
             else:
                 torch.ops.fastdistill.kd_bwd_(*args)
-        if not compiling and torch.is_grad_enabled():  # create_graph=True
-            grad = _NoSecondDerivative.apply(grad, torch.zeros((), requires_grad=True))
-        return grad, *(None,) * 16
+        if anchor is not None and torch.is_grad_enabled():  # create_graph=True
+            grad = _NoSecondDerivative.apply(grad, anchor, grad_output)
+        return grad, *(None,) * 17
 
 
 class _NoSecondDerivative(torch.autograd.Function):
     """The fused gradient as a node that refuses to be differentiated, where a constant would be
-    differentiated to a silent zero."""
+    differentiated to a silent zero.
+
+    It hangs on `anchor`, which leads to the student, and on `grad_output`: an engine that is asked
+    for the derivative in one of them only must pass here too.
+    """
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, anchor: Tensor, grad_output: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
@@ -199,7 +205,9 @@ def kd_loss(
     if backend == "reference":
         loss, hard, soft = reference.kd_loss(student, *args)
     elif student.requires_grad and torch.is_grad_enabled():
-        loss, hard, soft = _KDLoss.apply(student, *args, True, backend)
+        # An empty sum: it leads to the student and keeps none of its memory.
+        anchor = None if torch.compiler.is_compiling() else student.narrow(-1, 0, 0).sum()
+        loss, hard, soft = _KDLoss.apply(student, anchor, *args, True, backend)
     else:
         loss, hard, soft = torch.ops.fastdistill.kd_fwd(student, *args, False, backend)[:3]
     return KDLossParts(loss, hard, soft) if return_parts else loss
