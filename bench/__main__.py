@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
             allocators=[options.allocator] if options.allocator else None,
             contenders=options.contenders,
             quick=options.quick,
+            patience=options.patience,
         )
         results = run.measure(settings, functools.partial(print, flush=True))
         if options.json or options.command == "all":
@@ -72,6 +73,13 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument(
             "--contenders", type=_names, help="only these; 'wrong' is the negative control"
+        )
+        command.add_argument(
+            "--patience",
+            type=float,
+            default=240,
+            metavar="S",
+            help="wait up to S seconds in all while other processes are at work (default: 240)",
         )
         command.add_argument("--quick", action="store_true", help="a glance: few repetitions")
     command = commands.add_parser("bars", help="the measured ratios next to the promised ones")

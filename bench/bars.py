@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from statistics import median
+from typing import NamedTuple
 
 # shape -> allocator -> how many times as fast as (eager, compile), forward and backward, fp32.
 FASTER = {
@@ -17,71 +18,89 @@ AVX2_OF_AVX512 = 0.6
 SMALL = (128, 10)
 
 
+class Measured(NamedTuple):
+    """A ratio, and whether other processes were at work while it was measured."""
+
+    value: float
+    disturbed: bool
+
+
 def lines(results: dict) -> list[str]:
-    """One line per bar; a bar that was not measured says so."""
+    """One line per bar; a bar that was not measured, or not in quiet, says so."""
     rows = [row for row in results["rows"] if row["pass"] == "both" and row["device"] == "cpu"]
     main = [row for row in rows if row["suite"] == "main"]
     out = [f"{'bar':58}{'promised':>10}{'measured':>10}"]
-    for name, sign, bar, value in [*_faster(main), *_small(main), *_bf16(main), *_isa(rows)]:
-        if value is None:
-            out.append(f"{name:58}{sign + f'{bar:g}':>10}{'?':>10}  not measured")
+    for name, sign, bar, measured in [*_faster(main), *_small(main), *_bf16(main), *_isa(rows)]:
+        start = f"{name:58}{sign + f'{bar:g}':>10}"
+        if measured is None:
+            out.append(f"{start}{'?':>10}  not measured")
         else:
+            value, disturbed = measured
             kept = value >= bar if sign == ">=" else value <= bar
-            verdict = "PASS" if kept else "short"
-            out.append(f"{name:58}{sign + f'{bar:g}':>10}{value:10.2f}  {verdict}")
+            verdict = ("PASS" if kept else "short") + (", disturbed" if disturbed else "")
+            out.append(f"{start}{value:10.2f}  {verdict}")
     return out
 
 
 def _faster(main: list[dict]) -> Iterator[tuple]:
-    for threads in sorted({row["threads"] for row in main}, reverse=True) or [0]:
+    for threads in sorted({row["threads"] for row in main}, reverse=True):
         for allocator in ("default", "thp"):
             for shape, bars in FASTER.items():
                 row = _find(main, shape, "fp32", threads, allocator)
                 where = f"{_text(shape)}, {threads} threads, {allocator}"
                 for rival, bar in zip(("eager", "compile"), bars[allocator], strict=True):
-                    yield f"{where}: x {rival}", ">=", bar, _ratio(row, rival, "fastdistill")
-                yield f"{where}: of the limit", "<=", OF_LIMIT, _ratio(row, "fastdistill", "limit")
+                    yield f"{where}: x {rival}", ">=", bar, _ratio(row, rival, row, "fastdistill")
+                limit = _ratio(row, "fastdistill", row, "limit")
+                yield f"{where}: of the limit", "<=", OF_LIMIT, limit
 
 
 def _small(main: list[dict]) -> Iterator[tuple]:
     for row in [r for r in main if tuple(r["shape"]) == SMALL]:
         where = f"{_text(SMALL)} {row['dtype']}, {row['threads']} threads, {row['allocator']}"
-        yield f"{where}: of eager", "<=", 1, _ratio(row, "fastdistill", "eager")
+        yield f"{where}: of eager", "<=", 1, _ratio(row, "fastdistill", row, "eager")
 
 
 def _bf16(main: list[dict]) -> Iterator[tuple]:
     for row in [r for r in main if r["dtype"] == "bf16" and tuple(r["shape"]) in FASTER]:
         other = _find(main, tuple(row["shape"]), "fp32", row["threads"], row["allocator"])
         where = f"{_text(row['shape'])}, {row['threads']} threads, {row['allocator']}"
-        value = row["ms"]["fastdistill"] / other["ms"]["fastdistill"] if other else None
-        yield f"{where}: bf16 time of fp32's", "<=", 1, value
+        ratio = _ratio(row, "fastdistill", other, "fastdistill")
+        yield f"{where}: bf16 time of fp32's", "<=", 1, ratio
 
 
 def _isa(rows: list[dict]) -> Iterator[tuple]:
-    times: dict[tuple, list[float]] = {}
+    levels: dict[tuple, dict[str, list[dict]]] = {}
     for row in rows:
         if row["suite"] == "isa":
-            key = (tuple(row["shape"]), row["dtype"], row["isa"])
-            times.setdefault(key, []).append(row["ms"]["fastdistill"])
-    for shape, dtype, level in times:
-        if level == "avx512" and (shape, dtype, "avx2") in times:
-            value = median(times[shape, dtype, level]) / median(times[shape, dtype, "avx2"])
+            of_case = levels.setdefault((tuple(row["shape"]), row["dtype"]), {})
+            of_case.setdefault(row["isa"], []).append(row)
+    for (shape, dtype), found in levels.items():
+        if {"avx512", "avx2"} <= set(found):
+            quiet = {  # a turn that was disturbed counts only where all were
+                level: [r for r in turns if not r["disturbed"]] or turns
+                for level, turns in found.items()
+            }
+            times = {k: median(r["ms"]["fastdistill"] for r in v) for k, v in quiet.items()}
+            disturbed = any(r["disturbed"] for turns in quiet.values() for r in turns)
+            measured = Measured(times["avx512"] / times["avx2"], disturbed)
             name = f"{_text(shape)} {dtype}: speed of avx2 in avx512's"
-            yield name, ">=", AVX2_OF_AVX512, value
+            yield name, ">=", AVX2_OF_AVX512, measured
 
 
-def _find(rows: list[dict], shape: tuple, dtype: str, threads: int, allocator: str) -> dict | None:
-    wanted = (shape, dtype, threads, allocator)
+def _find(rows: list[dict], *wanted: object) -> dict | None:
+    """The row of (shape, dtype, threads, allocator)."""
     for row in rows:
         if (tuple(row["shape"]), row["dtype"], row["threads"], row["allocator"]) == wanted:
             return row
     return None
 
 
-def _ratio(row: dict | None, over: str, under: str) -> float | None:
-    if row is None or over not in row["ms"] or under not in row["ms"]:
+def _ratio(over: dict | None, name: str, under: dict | None, base: str) -> Measured | None:
+    """Times of `name` in row `over` by those of `base` in row `under`."""
+    if over is None or under is None or name not in over["ms"] or base not in under["ms"]:
         return None
-    return row["ms"][over] / row["ms"][under]
+    value = over["ms"][name] / under["ms"][base]
+    return Measured(value, over["disturbed"] or under["disturbed"])
 
 
 def _text(shape: tuple) -> str:

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 
 import torch
@@ -78,6 +79,18 @@ class Others:
             return None
         total, busy, own = (b - a for a, b in zip(self.start, now, strict=True))
         return max(0.0, (busy - own) / total) if total > 0 else 0.0
+
+    @classmethod
+    def wait(cls, share: float, seconds: float) -> float:
+        """Sleep until a second goes by in which they take at most `share`; seconds waited."""
+        begin = time.monotonic()
+        while seconds > 0:
+            others = cls()
+            time.sleep(min(1.0, seconds))
+            waited = time.monotonic() - begin
+            if (others.share() or 0.0) <= share or waited >= seconds:
+                return waited
+        return 0.0
 
     @staticmethod
     def _now() -> tuple[float, float, float] | None:

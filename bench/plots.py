@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 COLOURS = {
@@ -43,6 +44,8 @@ def _time(rows: list[dict], results: dict, path: Path) -> bool:
         for i, row in enumerate(members):
             if row["limit"]:
                 axis.hlines(row["ms"]["limit"], i - 0.42, i + 0.42, color="black", lw=1.5)
+        if any(row["disturbed"] for row in members):
+            name += " (disturbed)"
         axis.set(title=name, ylabel="ms, forward + backward")
     _finish(figure, axes, rows[0], results, path)
     return True
@@ -54,7 +57,7 @@ def _memory(rows: list[dict], results: dict, path: Path) -> bool:
         row
         for row in rows
         if (row["threads"], row["allocator"]) == (first["threads"], first["allocator"])
-        and max(row["shape"]) > 10 * min(row["shape"])
+        and math.prod(row["shape"]) >= 1 << 19  # below, pages are what one would see
         and all(row["peak_mb"].values())
     ]
     if not chosen:
@@ -84,12 +87,16 @@ def _bars(axis, rows: list[dict], key: str) -> None:
         at = [i - 0.42 + (j + 0.5) * width for i, row in enumerate(rows) if name in row[key]]
         heights = [row[key][name] for row in rows if name in row[key]]
         drawn = axis.bar(at, heights, width * 0.92, color=COLOURS[name], label=name)
-        axis.bar_label(drawn, [f"{h:.3g}" for h in heights], fontsize=6, rotation=90, padding=2)
+        axis.bar_label(drawn, [_three(h) for h in heights], fontsize=6, rotation=90, padding=2)
     axis.set_xticks(range(len(rows)), ["x".join(map(str, row["shape"])) for row in rows])
     axis.tick_params(labelsize=8)
     axis.set_yscale("log")
-    axis.margins(y=0.18)
+    axis.margins(y=0.25)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _three(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _finish(figure, axes, row: dict, results: dict, path: Path) -> None:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 
 from bench import report
+from bench.environment import Others
+from bench.timing import QUIET
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = 1
@@ -34,13 +36,16 @@ class Settings(NamedTuple):
     allocators: list[str] | None
     contenders: list[str] | None
     quick: bool
+    patience: float = 0.0  # seconds that the run may wait, in all, for other processes to finish
 
 
 def measure(settings: Settings, say: Callable[[str], None]) -> dict:
     """{"schema", "seconds", "environments", "rows"}; a row names its environment by index."""
     begin = time.perf_counter()
     results: dict = {"schema": SCHEMA, "seconds": 0.0, "environments": [], "rows": []}
+    patience = 0.0 if settings.quick else settings.patience
     for spec, variables in _plan(settings):
+        patience -= Others.wait(QUIET, patience)
         found = _in_fresh_process(spec, variables)
         for row in found["rows"]:
             row["environment"] = len(results["environments"])

@@ -126,6 +126,7 @@ def _row(op: Op, spec: dict, dtype: str, kind: str, turns: Turns, about: dict, p
         "iqr_ms": {name: s["iqr"] for name, s in stats.items()},
         "repetitions": turns.kept,
         "dropped": turns.dropped,
+        "disturbed": (turns.others or 0.0) > QUIET,
         "gb_per_s": {
             name: about["contenders"][name].passes * logits / s["median"] / 1e6
             for name, s in stats.items()

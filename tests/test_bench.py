@@ -27,6 +27,7 @@ ROW = {
     "iqr_ms": dict,
     "repetitions": int,
     "dropped": int,
+    "disturbed": bool,
     "gb_per_s": dict,
     "error": dict,
     "right": dict,
@@ -188,6 +189,7 @@ def row(shape, threads=2, allocator="default", **ms):
         "threads": threads,
         "allocator": allocator,
         "isa": "avx512",
+        "disturbed": False,
         "ms": ms,
     }
 
@@ -199,6 +201,8 @@ def test_bench_bars_say_pass_short_and_not_measured():
     assert lines["512x32000, 2 threads, default: x compile"].endswith("6.00  short")
     assert lines["512x32000, 2 threads, default: of the limit"].endswith("1.43  PASS")
     assert lines["512x32000, 2 threads, thp: x eager"].endswith("not measured")
+    rows[0]["disturbed"] = True
+    assert any(line.endswith("25.00  PASS, disturbed") for line in bars.lines({"rows": rows}))
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
