@@ -572,7 +572,7 @@ def test_through_the_op_and_autograd() -> None:
     want = oracle(s, t, call, 3.0).grad.float()
     for retain in (False, True):
         leaf = s.clone().requires_grad_()
-        loss, _, _ = api._KDLoss.apply(leaf, t, *call, True, "triton")
+        loss, _, _ = api._KDLoss.apply(leaf, None, t, *call, True, "triton")
         (loss * 3).backward(retain_graph=retain)
         torch.testing.assert_close(leaf.grad, want, rtol=1e-5, atol=1e-8)
         if retain:
