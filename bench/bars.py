@@ -18,15 +18,18 @@ AVX2_OF_AVX512 = 0.6
 SMALL = (128, 10)
 
 
+WIDE = 0.25  # quartiles this far apart, of the median: the ratio is a guess
+
+
 class Measured(NamedTuple):
-    """A ratio, and whether other processes were at work while it was measured."""
+    """A ratio, and what speaks against it."""
 
     value: float
-    disturbed: bool
+    doubt: str
 
 
 def lines(results: dict) -> list[str]:
-    """One line per bar; a bar that was not measured, or not in quiet, says so."""
+    """One line per bar; a bar that was not measured, or not well, says so."""
     rows = [row for row in results["rows"] if row["pass"] == "both" and row["device"] == "cpu"]
     main = [row for row in rows if row["suite"] == "main"]
     out = [f"{'bar':58}{'promised':>10}{'measured':>10}"]
@@ -35,9 +38,9 @@ def lines(results: dict) -> list[str]:
         if measured is None:
             out.append(f"{start}{'?':>10}  not measured")
         else:
-            value, disturbed = measured
+            value, doubt = measured
             kept = value >= bar if sign == ">=" else value <= bar
-            verdict = ("PASS" if kept else "short") + (", disturbed" if disturbed else "")
+            verdict = ("PASS" if kept else "short") + (f", {doubt}" if doubt else "")
             out.append(f"{start}{value:10.2f}  {verdict}")
     return out
 
@@ -81,8 +84,8 @@ def _isa(rows: list[dict]) -> Iterator[tuple]:
                 for level, turns in found.items()
             }
             times = {k: median(r["ms"]["fastdistill"] for r in v) for k, v in quiet.items()}
-            disturbed = any(r["disturbed"] for turns in quiet.values() for r in turns)
-            measured = Measured(times["avx512"] / times["avx2"], disturbed)
+            doubt = _doubt(*((r, "fastdistill") for turns in quiet.values() for r in turns))
+            measured = Measured(times["avx512"] / times["avx2"], doubt)
             name = f"{_text(shape)} {dtype}: speed of avx2 in avx512's"
             yield name, ">=", AVX2_OF_AVX512, measured
 
@@ -99,8 +102,15 @@ def _ratio(over: dict | None, name: str, under: dict | None, base: str) -> Measu
     """Times of `name` in row `over` by those of `base` in row `under`."""
     if over is None or under is None or name not in over["ms"] or base not in under["ms"]:
         return None
-    value = over["ms"][name] / under["ms"][base]
-    return Measured(value, over["disturbed"] or under["disturbed"])
+    return Measured(over["ms"][name] / under["ms"][base], _doubt((over, name), (under, base)))
+
+
+def _doubt(*measured: tuple[dict, str]) -> str:
+    """What speaks against the times of these (row, contender); the limit has no quartiles."""
+    if any(row["disturbed"] for row, _ in measured):
+        return "disturbed"
+    wide = any(row["iqr_ms"].get(name, 0) > WIDE * row["ms"][name] for row, name in measured)
+    return "wide spread" if wide else ""
 
 
 def _text(shape: tuple) -> str:

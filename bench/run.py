@@ -83,7 +83,7 @@ def _plan(s: Settings):
     levels = _isa_levels()[:2]
     for shape in [x for x in ISA_SHAPES if x in s.shapes]:
         alone = {**base, "suite": "isa", "shape": shape, "allocator": "default", "memory": False}
-        alone.update(contenders=["fastdistill"], threads=base["threads"][:1], seconds=1.0)
+        alone.update(contenders=["fastdistill"], threads=base["threads"][:1], seconds=3.0)
         for _ in range(ISA_TURNS):  # in turn: a level is chosen once per process
             for level in levels:
                 yield alone, {"THP_MEM_ALLOC_ENABLE": "0", "FASTDISTILL_CPU_ISA": level}

@@ -191,6 +191,7 @@ def row(shape, threads=2, allocator="default", **ms):
         "isa": "avx512",
         "disturbed": False,
         "ms": ms,
+        "iqr_ms": dict.fromkeys(ms, 0.0),
     }
 
 
@@ -201,6 +202,8 @@ def test_bench_bars_say_pass_short_and_not_measured():
     assert lines["512x32000, 2 threads, default: x compile"].endswith("6.00  short")
     assert lines["512x32000, 2 threads, default: of the limit"].endswith("1.43  PASS")
     assert lines["512x32000, 2 threads, thp: x eager"].endswith("not measured")
+    rows[0]["iqr_ms"]["eager"] = 100.0
+    assert any(line.endswith("25.00  PASS, wide spread") for line in bars.lines({"rows": rows}))
     rows[0]["disturbed"] = True
     assert any(line.endswith("25.00  PASS, disturbed") for line in bars.lines({"rows": rows}))
 
