@@ -114,6 +114,22 @@ def test_import_is_light_and_touches_no_device():
     assert status == 0, text
 
 
+def test_the_choice_on_a_gpu_can_be_traced():
+    """torch.compile meets it on a GPU as its first call; here as far as the choice goes."""
+    code = (
+        "import torch, fastdistill\n"
+        "from fastdistill import _backend\n"
+        "def reasons(x):\n"
+        "    case = _backend.Case('cuda', (torch.float32, torch.float32), False)\n"
+        "    why = _backend.reasons('kd_loss', case)\n"
+        "    return x + (why['triton'] is None) + 2 * (why['cpu'] is None)\n"
+        "f = torch.compile(reasons, fullgraph=True, backend='eager')\n"
+        "print(f(torch.zeros(())).item())\n"
+    )
+    status, text = python(code)
+    assert status == 0 and float(text.split()[-1]) in (0.0, 1.0), text
+
+
 def test_doctor_names_what_is_there_and_why_not():
     text = _doctor.report()
     for word in (

@@ -356,7 +356,6 @@ static R gradient(const BlockConstants<R>& c, const R* __restrict x_s, const R* 
   return sum.sum();
 }
 
-template <class R>
 static void fill_zero(const KdArgs& a, int64_t row) {
   a.hard[row] = a.soft[row] = 0;
   if (a.grad_scale) a.grad_scale[row] = 0;
@@ -506,7 +505,7 @@ struct Pass {
       int64_t rows = 0;
       for (; row < end && rows < shape.group; row++) {
         if (a.row_scale[row] == 0) {
-          fill_zero<R>(a, row);
+          fill_zero(a, row);
         } else {
           w.at_s[rows] = row_start(a.student, row, a.inner);
           w.at_t[rows] = row_start(a.teacher, row, a.inner);

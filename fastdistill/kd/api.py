@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -303,17 +302,14 @@ def _refuse_cpu(case: _backend.Case) -> str | None:
     return _native.cpu().reason or _refuse_transforms(case)
 
 
-@cache
-def _triton_missing() -> str | None:
-    if find_spec("triton") is None:  # finds it without importing it
-        return "the package triton is not installed"
-    return None
+# Found without being imported, and now: torch.compile can trace neither.
+_TRITON_MISSING = None if find_spec("triton") else "the package triton is not installed"
 
 
 def _refuse_triton(case: _backend.Case) -> str | None:
     if case.device != "cuda":
         return f"it runs on tensors on an NVIDIA or AMD GPU, not on {case.device}"
-    return _triton_missing() or _refuse_transforms(case)
+    return _TRITON_MISSING or _refuse_transforms(case)
 
 
 def _refuse_cuda(case: _backend.Case) -> str | None:

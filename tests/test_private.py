@@ -1,0 +1,51 @@
+"""The private names of torch that the package relies on: there, and meaning what we take them for.
+
+A torch release that moves one fails here by name, and not as a wrong gradient somewhere else.
+"""
+
+import torch
+
+from fastdistill import _torch_private
+
+
+def test_the_names_are_there():
+    assert _torch_private._transform_active is not None
+    assert _torch_private._level is not None
+    assert _torch_private._keep_graph is not None
+    assert hasattr(torch.autograd.forward_ad, "_current_level")
+
+
+def test_transforms_are_seen():
+    seen = []
+
+    def look(x):
+        seen.append(_torch_private.transforms_active())
+        return x.sum()
+
+    look(torch.ones(2))
+    torch.func.grad(look)(torch.ones(2))
+    torch.func.vmap(look)(torch.ones(2, 2))
+    torch.func.jvp(look, (torch.ones(2),), (torch.ones(2),))
+    with torch.autograd.forward_ad.dual_level():
+        look(torch.ones(2))
+    look(torch.ones(2))
+    assert seen == [False, True, True, True, True, False]
+
+
+def test_a_kept_graph_is_seen():
+    seen = []
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(_torch_private.graph_is_kept())
+            return grad
+
+    y = Look.apply(torch.ones(2, requires_grad=True)).sum()
+    y.backward(retain_graph=True)
+    y.backward()
+    assert seen == [True, False]
