@@ -94,7 +94,7 @@ def test_kd_infinite_reverse_kl_has_a_nan_gradient(backend):
     assert loss[1] == INF and loss[[0, 2]].isfinite().all()
     assert grad[1].isnan().all() and grad[[0, 2]].isfinite().all()
     want = run("reference", s[[2]].double(), t[[2]].double(), divergence="reverse_kl")
-    torch.testing.assert_close(grad[[2]].double(), want[3], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(grad[[2]].double(), want[3], rtol=2e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -32,7 +32,7 @@ void copy_limit(uintptr_t student, uintptr_t teacher, uintptr_t out, int64_t byt
   const BenchKernels& kernels = active_kernels().bench;
   py::gil_scoped_release released;
   constexpr int64_t unit = 4096;
-  if (bytes >= 4 << 20) advise_huge_pages(pointer<void>(out), bytes);
+  if (bytes >= kHugePageBytes) advise_huge_pages(pointer<void>(out), bytes);
   const int64_t units = (bytes + unit - 1) / unit;
   parallel_chunks(units, 1, threads, [&](int, int64_t begin, int64_t end) {
     const int64_t first = begin * unit, last = std::min(end * unit, bytes);

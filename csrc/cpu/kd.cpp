@@ -13,7 +13,6 @@ namespace fd {
 namespace {
 
 constexpr int64_t kSerialElements = 16384;  // below this a second thread costs more than it gives
-constexpr int64_t kHugePageBytes = 4 << 20;
 
 // The factor of each row in the loss, and the checks of the values that decide it.
 KdStatus row_scales(const KdCall& c, std::vector<double>& scale) {

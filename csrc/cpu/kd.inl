@@ -1,54 +1,64 @@
 // The distillation loss of a range of rows, with its gradient: one read of the logits from memory.
 // Included once per instruction set, inside that set's namespace.
 //
-// Rows are handled in groups: several at once where they have few classes, so that the work of a
-// row (logarithms, reciprocals) is vectorised over the group; one at a time, in blocks of classes,
-// where they have many. Three steps a group:
-//   1 exponentials   per block: maxima, exp((z - block maximum)/T) into a cache, their sums
-//   2 constants      per row: maximum, normalisers, the factor that rescales each block's cache
-//   3 gradient       per block: divergence as a sum of terms >= 0, gradient, store
+// Rows are handled in groups, in three steps:
+//   1 exponentials   maxima, exp((z - maximum)/T) and their sums
+//   2 constants      per row: maximum, normalisers
+//   3 gradient       divergence as a sum of terms >= 0, gradient, store
 // With u = log q - log p, D = sum p (exp(u) - 1 - u) for KL(p || q): see
-// fastdistill/kd/reference.py.
+// fastdistill/kd/reference.py. The shape of the loops depends on the number of classes (shape_of):
+//   few     kLanes rows at once, a row to a lane: nothing is padded, nothing is folded
+//   more    one row at a time, lanes of classes; step 2 is vectorised over the rows of the group
+//   many    one row in blocks of classes, so that step 1 reads a block's maxima and its
+//   exponentials
+//           out of L1; a factor per block turns its exponentials into probabilities
+// Step 1 keeps the exponentials for step 3.
 #pragma once
-#include "rows.inl"
+#include "kd_steps.inl"
+#include "tile.inl"
 
+constexpr int64_t kFew = 192;              // classes up to which kLanes rows at once are faster,
+constexpr int64_t kFewWhole = 112;         // and where a row needs no padding
 constexpr int64_t kBlock = 2048;           // classes a block: two inputs and two caches fit in L1
 constexpr int64_t kGroupBytes = 96 << 10;  // caches and inputs of a group stay in L2
 constexpr int64_t kGroupRows = 64;
 
 struct Shape {
+  bool few;        // kLanes rows at once
   int64_t blocks;  // per row
-  int64_t stride;  // of a row in the cache
+  int64_t stride;  // of a row in the caches
   int64_t group;   // rows a group; more than one only where a row is one block
 };
 
+template <class R>
 static Shape shape_of(const KdArgs& a) {
   Shape s;
+  s.few = sizeof(R) == 4 && a.cols <= (a.cols % kLanes == 0 ? kFewWhole : kFew);
   s.blocks = a.cols <= kBlock ? 1 : (a.cols + kBlock - 1) / kBlock;
-  s.stride = padded(a.cols);
+  s.stride = s.few ? a.cols : padded(a.cols);
   const int64_t row_bytes = s.stride * 5 * 4;
   s.group = s.blocks > 1 ? 1 : kGroupBytes / row_bytes;
   s.group = s.group < 1 ? 1 : s.group > kGroupRows ? kGroupRows : s.group;
+  if (s.few) s.group = kLanes;
   return s;
 }
-
-static int64_t kd_group_rows(const KdArgs& a) { return shape_of(a).group; }
 
 // What a thread keeps for one group; carved out of its scratch.
 template <class R>
 struct Group {
-  R *e_s, *e_t, *e_1;       // [group, stride]: the cached exponentials, at T, T and 1
-  R *x_s, *x_t;             // the inputs: [group, stride] where a row is one block, else [block]
-  R* g;                     // [block]: the gradient on its way out
-  double *m_s, *m_t;        // [group * blocks]: block maxima, then the factors of the blocks
-  double *z_s, *z_t, *z_1;  // [group * blocks]: block sums
-  double* z_d;              // [group * blocks]: sums of e_s - e_t
-  double *f_s, *f_t, *f_1;  // [group * blocks]: what turns a cached exponential into a probability
+  Exponentials<R> e;          // [group, stride], or [stride, kLanes] of few classes
+  R *x_s, *x_t;               // the inputs, likewise; [block] where a row has several
+  R* g;                       // the gradient on its way out: [block], or [stride, kLanes]
+  double *m_s, *m_t;          // [group * blocks]: block maxima, then the factors of the blocks
+  double *z_s, *z_t, *z_1;    // [group * blocks]: block sums
+  double* z_d;                // [group * blocks]: sums of e_s - e_t
+  double *f_s, *f_t, *f_1;    // [group * blocks]: what turns an exponential into a probability
   double *row_m_s, *row_m_t;  // [group]
   double* log_ratio;          // [group]: log(Z_s / Z_t), which u subtracts
   double *log_z_s, *log_z_1;  // [group]
   const R **p_s, **p_t;       // [group]: the inputs of each row, for rows of one block
   const char **at_s, **at_t;  // [group]: where the row begins
+  char** at_g;                // [group]: where its gradient goes
   int64_t* row;               // [group]: which row of the problem
 };
 
@@ -70,12 +80,12 @@ static Group<R> carve(const KdArgs& a, const Shape& s, void* scratch, size_t* by
   const int64_t inputs = s.blocks == 1 ? cache : kBlock;
   const int64_t items = (s.group * s.blocks + kLanes) / kLanes * kLanes;
   const int64_t rows = (s.group + kLanes) / kLanes * kLanes;
-  w.e_s = c.take<R>(cache);
-  w.e_t = c.take<R>(a.divergence == Divergence::none ? 0 : cache);
-  w.e_1 = c.take<R>(a.hard_weight == 0 ? 0 : cache);
+  w.e.s = c.take<R>(cache);
+  w.e.t = c.take<R>(a.divergence == Divergence::none ? 0 : cache);
+  w.e.one = c.take<R>(a.hard_weight == 0 ? 0 : cache);
   w.x_s = c.take<R>(inputs);
   w.x_t = c.take<R>(inputs);
-  w.g = c.take<R>(kBlock);
+  w.g = c.take<R>(s.few ? cache : kBlock);
   double** const per_item[] = {&w.m_s, &w.m_t, &w.z_s, &w.z_t, &w.z_1,
                                &w.z_d, &w.f_s, &w.f_t, &w.f_1};
   for (double** p : per_item) *p = c.take<double>(items);
@@ -85,141 +95,16 @@ static Group<R> carve(const KdArgs& a, const Shape& s, void* scratch, size_t* by
   w.p_t = c.take<const R*>(rows);
   w.at_s = c.take<const char*>(rows);
   w.at_t = c.take<const char*>(rows);
+  w.at_g = c.take<char*>(rows);
   w.row = c.take<int64_t>(rows);
   if (bytes) *bytes = static_cast<size_t>(c.at - static_cast<char*>(scratch));
   return w;
 }
 
-// e^K for the temperatures at which exp(z) is a small power of exp(z/T).
-template <int K, class R>
-FD_INLINE R power(R e) {
-  if (K == 2) return e * e;
-  if (K == 3) return e * e * e;
-  if (K == 4) return (e * e) * (e * e);
-  return e;
-}
-
-template <class R>
-FD_INLINE R larger(R x, R m) {
-  return x > m ? x : m;  // a NaN is caught by the sum of the exponentials
-}
-
-// One value per lane: the sums and maxima of a loop. The loops below run over whole chunks of
-// kLanes classes, an inner `omp simd` loop each; a scalar reduction would end in kLanes dependent
-// additions per row, which rows of 100 classes feel.
-template <class R>
-struct Lanes {
-  alignas(64) R at[kLanes];
-
-  FD_INLINE_MEMBER void fill(R x) {
-    for (int j = 0; j < kLanes; j++) at[j] = x;
-  }
-  FD_INLINE_MEMBER R sum() const { return folded<true>(); }
-  FD_INLINE_MEMBER R maximum() const { return folded<false>(); }
-
- private:
-  template <int N>
-  struct Vector {
-    typedef R Type __attribute__((vector_size(N * sizeof(R)), may_alias));
-  };
-
-  // Halves with halves, in vector registers: as scalars it is a fifth of a row of 100 classes.
-  template <bool ADD>
-  FD_INLINE_MEMBER R folded() const {
-    alignas(64) R x[kLanes];
-    __builtin_memcpy(x, at, sizeof x);
-    fold<ADD, kLanes / 2>(x);
-    return x[0];
-  }
-  template <bool ADD, int N>
-  FD_INLINE_MEMBER static void fold(R* x) {
-    if constexpr (N >= 2) {
-      typedef typename Vector<N>::Type V;
-      V low, high;
-      __builtin_memcpy(&low, x, sizeof low);
-      __builtin_memcpy(&high, x + N, sizeof high);
-      if constexpr (ADD) {
-        low += high;
-      } else {
-        low = low > high ? low : high;
-      }
-      __builtin_memcpy(x, &low, sizeof low);
-      fold<ADD, N / 2>(x);
-    } else {
-      x[0] = ADD ? x[0] + x[1] : larger(x[0], x[1]);
-    }
-  }
-};
-
-// The maxima of one block: n classes, a multiple of kLanes.
-template <class R, bool SOFT>
-static void maxima(const R* __restrict x_s, const R* __restrict x_t, int64_t n, R* m_s, R* m_t) {
-  Lanes<R> s, t;
-  s.fill(-static_cast<R>(__builtin_inf()));
-  t = s;
-  for (int64_t i = 0; i < n; i += kLanes) {
-#pragma omp simd
-    for (int j = 0; j < kLanes; j++) {
-      s.at[j] = larger(x_s[i + j], s.at[j]);
-      if (SOFT) t.at[j] = larger(x_t[i + j], t.at[j]);
-    }
-  }
-  *m_s = s.maximum();
-  *m_t = t.maximum();
-}
-
-struct Ahead {
-  const char* data;
-  int64_t bytes;  // of an element
-};
-
-// Step 1 for one block of n classes (a multiple of kLanes), given its maxima. K = 0: exp(z) has a
-// cache of its own. `ahead` is what will be read next: it comes from memory while this computes
-// (without it the maxima wait for memory, 3/5 of the step).
-template <class R, bool SOFT, bool HARD, int K>
-static void exponentials(const R* __restrict x_s, const R* __restrict x_t, int64_t n, R max_s,
-                         R max_t, Exp<R> at_t, Exp<R> at_1, R* __restrict e_s, R* __restrict e_t,
-                         R* __restrict e_1, double* z_s, double* z_t, double* z_1, double* z_d,
-                         Ahead ahead_s, Ahead ahead_t) {
-  const R infinity = static_cast<R>(__builtin_inf());
-  const R from_s = max_s == -infinity ? R(0) : max_s;  // all masked: exp(-inf - 0) = 0, not NaN
-  const R from_t = max_t == -infinity ? R(0) : max_t;
-  Lanes<R> sum_s, sum_t, sum_1, sum_d;
-  sum_s.fill(R(0));
-  sum_t = sum_1 = sum_d = sum_s;
-  for (int64_t i = 0; i < n; i += kLanes) {
-    __builtin_prefetch(ahead_s.data + i * ahead_s.bytes, 0, 2);  // into L2: L1 is full
-    if (SOFT) __builtin_prefetch(ahead_t.data + i * ahead_t.bytes, 0, 2);
-#pragma omp simd
-    for (int j = 0; j < kLanes; j++) {
-      const R d = x_s[i + j] - from_s;
-      const R e = at_t(d);
-      e_s[i + j] = e;
-      sum_s.at[j] += e;
-      if (SOFT) {
-        const R f = at_t(x_t[i + j] - from_t);
-        e_t[i + j] = f;
-        sum_t.at[j] += f;
-        sum_d.at[j] += e - f;
-      }
-      if (HARD && K == 0) {
-        const R h = at_1(d);
-        e_1[i + j] = h;
-        sum_1.at[j] += h;
-      } else if (HARD) {
-        sum_1.at[j] += power<K>(e);
-      }
-    }
-  }
-  *z_s = sum_s.sum();
-  *z_t = sum_t.sum();
-  *z_1 = sum_1.sum();
-  *z_d = sum_d.sum();
-}
-
 // Step 2: from block maxima and sums to the constants of each row of the group.
 template <class R>
-static void constants(const Group<R>& w, int64_t rows, int64_t blocks, double inv_t) {
+static void normalisers(const Group<R>& w, const Shape& shape, int64_t rows, double inv_t) {
+  const int64_t blocks = shape.blocks;
   const int64_t items = rows * blocks;
   const Exp<double> at_t(inv_t), at_1(1.0);
   for (int64_t r = 0; r < rows; r++) {
@@ -281,80 +166,11 @@ static void constants(const Group<R>& w, int64_t rows, int64_t blocks, double in
   }
 }
 
-// The constants of step 3, for one block of one row, in the arithmetic of the row.
-template <class R>
-struct BlockConstants {
-  R a_s, a_t, hard_a_1;         // probability = cached exponential times this
-  R inv_t, shift, log_ratio;    // u = ((s - t) - shift) / T - log_ratio
-  R from_s, log_z;              // -log q = (from_s - s) / T + log_z
-  R c_hard, c_soft, c_uniform;  // gradient = c_hard q_1 + c_soft (...) - c_uniform
-  R mean;                       // reverse KL: sum q u of the row
-};
-
-// One class of sum p (exp(u) - 1 - u), and q - p without cancellation: both from one series near
-// u = 0. p = 0 leaves q.
-template <class R>
-FD_INLINE R bregman(R p, R q, R u, R* difference) {
-  const R pu = p == R(0) ? R(0) : p * u;  // u is infinite or NaN where a class is masked
-  const R near_term = pu * u * bregman_tail(u);
-  const R far_difference = q - p;
-  const bool near = (u < R(0.1)) & (u > R(-0.1));
-  *difference = near ? pu + near_term : far_difference;
-  return near ? near_term : far_difference - pu;
-}
-
-// What the gradient of reverse KL needs of the whole row. It is q (u - sum q u): that sum, not the
-// divergence (equal but for rounding), since it takes an error common to all u out again.
-template <class R>
+// What the gradient of reverse KL needs of the whole row.
 struct Reverse {
-  double mean;  // sum q u
-  R largest;    // of |q u|
+  double mean;     // sum q u
+  double largest;  // of |q u|
 };
-
-// Step 3 for one block of n classes: the gradient into g, the block's part of the divergence
-// returned. Reverse KL takes a first round for the sum (GRADIENT false) and a second one.
-template <class R, Divergence DIV, bool HARD, int K, bool GRADIENT>
-static R gradient(const BlockConstants<R>& c, const R* __restrict x_s, const R* __restrict x_t,
-                  const R* __restrict e_s, const R* __restrict e_t, const R* __restrict e_1,
-                  int64_t n, R* __restrict g, Reverse<R>* reverse) {
-  Lanes<R> sum, peak, mean;
-  sum.fill(R(0));
-  peak = mean = sum;
-  for (int64_t i = 0; i < n; i += kLanes) {
-#pragma omp simd
-    for (int j = 0; j < kLanes; j++) {
-      R out = -c.c_uniform;
-      if (HARD) out += c.hard_a_1 * (K == 0 ? e_1[i + j] : power<K>(e_s[i + j]));
-      if (DIV != Divergence::none) {
-        const R q = e_s[i + j] * c.a_s, p = e_t[i + j] * c.a_t;
-        const R u = ((x_s[i + j] - x_t[i + j]) - c.shift) * c.inv_t - c.log_ratio;
-        R difference;
-        if (DIV == Divergence::reverse_kl) {
-          sum.at[j] += bregman(q, p, -u, &difference);
-          const R qu = q == R(0) ? R(0) : q * u;
-          peak.at[j] = larger(qu < 0 ? -qu : qu, peak.at[j]);
-          mean.at[j] += qu;
-          out += c.c_soft * (qu - q * c.mean);
-        } else {
-          const R term = bregman(p, q, u, &difference);
-          if (DIV == Divergence::forward_kl) {
-            sum.at[j] += term;
-          } else {
-            const R surprise = (c.from_s - x_s[i + j]) * c.inv_t + c.log_z;
-            sum.at[j] += p == R(0) ? R(0) : p * surprise;
-          }
-          out += c.c_soft * difference;
-        }
-      }
-      if (GRADIENT) g[i + j] = out;
-    }
-  }
-  if (reverse) {
-    reverse->largest = larger(peak.maximum(), reverse->largest);
-    reverse->mean += mean.sum();
-  }
-  return sum.sum();
-}
 
 static void fill_zero(const KdArgs& a, int64_t row) {
   a.hard[row] = a.soft[row] = 0;
@@ -373,12 +189,13 @@ struct Pass {
   const double temperature = a.divergence == Divergence::none ? 1.0 : a.temperature;
   const double inv_t = 1.0 / temperature;
   const Exp<R> at_t{inv_t}, at_1{1.0};
+  const double inv_cols = 1.0 / static_cast<double>(a.cols);
 
   bool single() const { return shape.blocks == 1; }
 
   int64_t length(int64_t block) const {
     const int64_t left = a.cols - block * kBlock;
-    return shape.blocks == 1 ? a.cols : left < kBlock ? left : kBlock;
+    return single() ? a.cols : left < kBlock ? left : kBlock;
   }
 
   // Block b of row r as R, padded. A row of one block keeps its copy for step 3.
@@ -386,12 +203,34 @@ struct Pass {
     return load(type, row, b * kBlock, length(b), buffer + (single() ? r * shape.stride : 0));
   }
 
+  Exponentials<R> kept(int64_t at) const { return {w.e.s + at, w.e.t + at, w.e.one + at}; }
+
   // What comes after block b of a row: the next block, or the next row.
   Ahead ahead(const Rows& rows, const char* row, int64_t b) const {
     const int64_t bytes = size_of(rows.type);
     const int64_t elements = b + 1 < shape.blocks ? (b + 1) * kBlock : rows.step;
     return {row + elements * bytes, bytes};
   }
+
+  Ahead nowhere() const { return {reinterpret_cast<const char*>(w.g), 0}; }
+
+  // Where the gradient of row r of the group, and the rows after it, will be written; of a row of
+  // several blocks it would have left the caches by then: there step 3 looks a block ahead.
+  Ahead gradient_of(int64_t r) const {
+    return a.grad && single() ? Ahead{w.at_g[r], size_of(a.student.type)} : nowhere();
+  }
+  Ahead gradient_after(int64_t r, int64_t b) const {
+    if (!a.grad || single()) return nowhere();
+    const int64_t bytes = size_of(a.student.type);
+    return {w.at_g[r] + (b + 1) * kBlock * bytes, bytes};
+  }
+
+  // What comes after a row.
+  Ahead after(const Rows& rows, const char* row) const {
+    return ahead(rows, row, shape.blocks - 1);
+  }
+
+  // ---- Rows one at a time: lanes of classes.
 
   template <bool SOFT, bool HARD, int K>
   void step1(int64_t r) const {
@@ -401,54 +240,211 @@ struct Pass {
       w.p_s[r] = x_s;
       w.p_t[r] = x_t;
       const int64_t n = padded(length(b)), i = r * shape.blocks + b;
-      const int64_t at = r * shape.stride + b * kBlock;
-      R max_s, max_t;
-      maxima<R, SOFT>(x_s, x_t, n, &max_s, &max_t);
+      Lanes<R> lanes_s, lanes_t;
+      maxima<R, SOFT>(x_s, x_t, n, &lanes_s, &lanes_t);
+      const R max_s = lanes_s.maximum(), max_t = lanes_t.maximum();
       w.m_s[i] = max_s;
       w.m_t[i] = max_t;
-      exponentials<R, SOFT, HARD, K>(x_s, x_t, n, max_s, max_t, at_t, at_1, w.e_s + at, w.e_t + at,
-                                     w.e_1 + at, w.z_s + i, w.z_t + i, w.z_1 + i, w.z_d + i,
-                                     ahead(a.student, w.at_s[r], b),
-                                     ahead(a.teacher, w.at_t[r], b));
+      Sums<R> sums;
+      exponentials<R, SOFT, HARD, K>(
+          x_s, x_t, n, Same<R>{origin(max_s)}, Same<R>{origin(max_t)}, at_t, at_1,
+          kept(r * shape.stride + b * kBlock), &sums,
+          {ahead(a.student, w.at_s[r], b), ahead(a.teacher, w.at_t[r], b), gradient_of(r)});
+      w.z_s[i] = sums.s.sum();
+      w.z_t[i] = sums.t.sum();
+      w.z_1[i] = sums.one.sum();
+      w.z_d[i] = sums.difference.sum();
     }
   }
 
   // Rounds of step 3 over the blocks of row r; returns the sum of the divergence.
   template <Divergence DIV, bool HARD, int K, bool GRADIENT>
-  double round(int64_t r, BlockConstants<R> c, Reverse<R>* reverse) const {
+  double round(int64_t r, Constants<R, Same<R>>& c, Reverse* reverse) const {
     const int64_t y = HARD ? a.labels[w.row[r]] : -1;
-    char* out = static_cast<char*>(a.grad) + w.row[r] * a.cols * size_of(a.student.type);
+    const bool soft = DIV != Divergence::none;
+    const bool direct = a.student.type == TypeOf<R>::value;
     double sum = 0;
     for (int64_t b = 0; b < shape.blocks; b++) {
-      const int64_t first = b * kBlock, n = length(b), i = r * shape.blocks + b;
-      const bool soft = DIV != Divergence::none;
+      const int64_t first = b * kBlock, n = length(b);
       const R* x_s = single() ? w.p_s[r] : input(a.student.type, w.at_s[r], w.x_s, r, b);
       const R* x_t = single() ? w.p_t[r]
                      : soft   ? input(a.teacher.type, w.at_t[r], w.x_t, r, b)
                               : x_s;
-      c.a_s = R(w.f_s[i]);
-      c.a_t = R(w.f_t[i]);
-      c.hard_a_1 = R(c.c_hard * w.f_1[i]);
-      const int64_t at = r * shape.stride + first;
-      sum += gradient<R, DIV, HARD, K, GRADIENT>(c, x_s, x_t, w.e_s + at, w.e_t + at, w.e_1 + at,
-                                                 padded(n), w.g, reverse);
+      to_probability(c, 0, r * shape.blocks + b);
+      const bool whole = direct && n % kLanes == 0;  // no padding: straight to where it goes
+      R* g = GRADIENT && a.grad && whole ? reinterpret_cast<R*>(w.at_g[r]) + first : w.g;
+      Terms<R> terms;
+      gradient<R, DIV, HARD, K, GRADIENT>(c, x_s, x_t, kept(r * shape.stride + first), padded(n), g,
+                                          gradient_after(r, b), &terms);
+      sum += terms.divergence.sum();
+      if (reverse) {
+        reverse->largest = larger(double(terms.largest.maximum()), reverse->largest);
+        reverse->mean += terms.mean.sum();
+      }
       if (GRADIENT && a.grad) {
-        if (y >= first && y < first + n) w.g[y - first] -= c.c_hard * R(1.0 - a.label_smoothing);
-        store(a.student.type, out, first, n, w.g);
+        if (y >= first && y < first + n) g[y - first] -= c.c_hard[0] * R(1.0 - a.label_smoothing);
+        if (!whole) store(a.student.type, w.at_g[r], first, n, w.g);
       }
     }
     return sum;
   }
 
-  double hard_part(int64_t r) const {
-    const void* s = w.at_s[r];
-    const double m = w.row_m_s[r], log_z = w.log_z_1[r], eps = a.label_smoothing;
-    const double nll = (m - element<double>(a.student.type, s, a.labels[w.row[r]])) + log_z;
-    if (eps == 0) return nll;
-    double all = 0;
-    for (int64_t i = 0; i < a.cols; i++) all += m - element<double>(a.student.type, s, i);
-    const double classes = static_cast<double>(a.cols);
-    return (1.0 - eps) * nll + eps * (all / classes + log_z);
+  template <Divergence DIV, bool HARD, int K>
+  void step3(int64_t r) const {
+    Constants<R, Same<R>> c{};
+    Reverse reverse{0, 0};
+    double sum = 0;
+    set_row(c, 0, r);
+    if (DIV == Divergence::reverse_kl) {
+      sum = round<DIV, HARD, K, false>(r, c, &reverse);
+      set_mean(c, 0, sum, reverse.mean);
+    }
+    set_weights<DIV, HARD>(c, 0, r, reverse);
+    if (DIV != Divergence::reverse_kl || a.grad) {
+      const double s = round<DIV, HARD, K, true>(r, c, nullptr);
+      if (DIV != Divergence::reverse_kl) sum = s;
+    }
+    finish<DIV, HARD>(r, sum);
+  }
+
+  // ---- Few classes: kLanes rows at once. Lanes beyond `rows` repeat the first row. The sums of a
+  // lane are carried on in double from piece to piece: a lane adds up a whole row.
+
+  static constexpr int64_t kPiece = 32 * kLanes;
+  static int64_t piece(int64_t i, int64_t n) { return n - i < kPiece ? n - i : kPiece; }
+
+  template <Divergence DIV, bool HARD, int K>
+  void tile(int64_t rows) const {
+    constexpr bool SOFT = DIV != Divergence::none;
+    const int64_t n = a.cols * kLanes;
+    for (int64_t r = rows; r < kLanes; r++) {
+      w.at_s[r] = w.at_s[0];
+      w.at_t[r] = w.at_t[0];
+      w.row[r] = w.row[0];
+    }
+    load_tile(a.student.type, w.at_s, a.cols, w.x_s);
+    if (SOFT) load_tile(a.teacher.type, w.at_t, a.cols, w.x_t);
+    const R* x_t = SOFT ? w.x_t : w.x_s;
+
+    Lanes<R> max_s, max_t, from_s, from_t;
+    maxima<R, SOFT>(w.x_s, x_t, n, &max_s, &max_t);
+    for (int j = 0; j < kLanes; j++) {
+      from_s.at[j] = origin(max_s[j]);
+      from_t.at[j] = origin(max_t[j]);
+    }
+    double* const totals[] = {w.z_s, w.z_t, w.z_1, w.z_d};
+    for (double* total : totals)
+      for (int j = 0; j < kLanes; j++) total[j] = 0;
+    const Prefetch ahead{after(a.student, w.at_s[rows - 1]), after(a.teacher, w.at_t[rows - 1]),
+                         gradient_of(0)};
+    for (int64_t i = 0; i < n; i += kPiece) {
+      Sums<R> sums;
+      exponentials<R, SOFT, HARD, K>(w.x_s + i, x_t + i, piece(i, n), from_s, from_t, at_t, at_1,
+                                     kept(i), &sums, {ahead.s + i, ahead.t + i, ahead.g + i});
+      for (int j = 0; j < kLanes; j++) {
+        w.z_s[j] += sums.s[j];
+        w.z_t[j] += sums.t[j];
+        w.z_1[j] += sums.one[j];
+        w.z_d[j] += sums.difference[j];
+      }
+    }
+    for (int j = 0; j < kLanes; j++) {
+      w.m_s[j] = max_s[j];
+      w.m_t[j] = max_t[j];
+    }
+    normalisers(w, shape, kLanes, inv_t);
+
+    Constants<R, Lanes<R>> c;
+    Reverse reverse[kLanes] = {};
+    double sum[kLanes] = {}, unused[kLanes] = {};
+    for (int j = 0; j < kLanes; j++) {
+      set_row(c, j, j);
+      to_probability(c, j, j);
+    }
+    if (DIV == Divergence::reverse_kl) {
+      tile_round<DIV, HARD, K, false>(c, x_t, sum, reverse);
+      for (int j = 0; j < kLanes; j++) set_mean(c, j, sum[j], reverse[j].mean);
+    }
+    for (int j = 0; j < kLanes; j++) {
+      set_weights<DIV, HARD>(c, j, j, reverse[j]);
+      to_probability(c, j, j);
+    }
+    if (DIV != Divergence::reverse_kl) {
+      tile_round<DIV, HARD, K, true>(c, x_t, sum, nullptr);
+    } else if (a.grad) {
+      tile_round<DIV, HARD, K, true>(c, x_t, unused, nullptr);
+    }
+    if (a.grad) {
+      for (int64_t r = 0; HARD && r < rows; r++) {
+        const R share = c.c_hard[static_cast<int>(r)] * R(1.0 - a.label_smoothing);
+        w.g[a.labels[w.row[r]] * kLanes + r] -= share;
+      }
+      store_tile(a.student.type, w.at_g, static_cast<int>(rows), a.cols, w.g);
+    }
+    for (int64_t r = 0; r < rows; r++) finish<DIV, HARD>(r, sum[r]);
+  }
+
+  template <Divergence DIV, bool HARD, int K, bool GRADIENT>
+  void tile_round(const Constants<R, Lanes<R>>& c, const R* x_t, double* sum,
+                  Reverse* reverse) const {
+    const int64_t n = a.cols * kLanes;
+    for (int64_t i = 0; i < n; i += kPiece) {
+      Terms<R> terms;
+      gradient<R, DIV, HARD, K, GRADIENT>(c, w.x_s + i, x_t + i, kept(i), piece(i, n), w.g + i,
+                                          nowhere(), &terms);
+      for (int j = 0; j < kLanes; j++) {
+        sum[j] += terms.divergence[j];
+        if (reverse) {
+          reverse[j].mean += terms.mean[j];
+          reverse[j].largest = larger(double(terms.largest[j]), reverse[j].largest);
+        }
+      }
+    }
+  }
+
+  // ---- The constants of row r of the group, into lane j of c.
+
+  template <class C>
+  void set_row(Constants<R, C>& c, int j, int64_t r) const {
+    // u = ((s - t) - shift) / T - log_ratio. All but the rounding of the sum goes into `shift`: an
+    // error common to all u shows in the gradient of forward KL (1e-5 of it at T = 1000).
+    const R apart = R(w.row_m_s[r]) - R(w.row_m_t[r]);  // rounded as s - t is
+    const double shift = apart + temperature * w.log_ratio[r];
+    c.inv_t = R(inv_t);
+    c.shift.put(j, R(shift));
+    c.log_ratio.put(j, R((shift - static_cast<double>(R(shift))) * inv_t));
+    c.max_s.put(j, R(w.row_m_s[r]));
+    c.log_z.put(j, R(w.log_z_s[r]));
+    c.mean.put(j, R(0));
+    c.c_hard.put(j, R(0));
+    c.c_soft.put(j, R(0));
+    c.c_uniform.put(j, R(0));
+  }
+
+  template <class C>
+  void set_mean(Constants<R, C>& c, int j, double sum, double mean) const {
+    const bool infinite = sum == __builtin_inf();  // no gradient: NaN
+    c.mean.put(j, infinite ? R(__builtin_nan("")) : R(mean));
+  }
+
+  template <Divergence DIV, bool HARD, class C>
+  void set_weights(Constants<R, C>& c, int j, int64_t r, const Reverse& reverse) const {
+    const double step =
+        DIV == Divergence::reverse_kl ? reverse.largest + __builtin_fabs(reverse.mean) : 1.0;
+    const double soft = DIV == Divergence::none ? 0.0 : a.soft_weight * t2() * inv_t;
+    const double hard_size = __builtin_fabs(a.hard_weight);
+    const double factor = row_factor(w.row[r], hard_size + __builtin_fabs(soft) * step);
+    c.c_hard.put(j, R(a.hard_weight * factor));
+    c.c_soft.put(j, R(soft * factor));
+    c.c_uniform.put(j, HARD ? R(a.hard_weight * factor * a.label_smoothing * inv_cols) : R(0));
+  }
+
+  // Item i (a block of a row) of the group; after `set_weights`.
+  template <class C>
+  void to_probability(Constants<R, C>& c, int j, int64_t i) const {
+    c.a_s.put(j, R(w.f_s[i]));
+    c.a_t.put(j, R(w.f_t[i]));
+    c.hard_a_1.put(j, R(c.c_hard[j] * w.f_1[i]));
   }
 
   // f16 keeps the row weight and 1 / divisor out of the stored gradient, which would underflow,
@@ -463,44 +459,39 @@ struct Pass {
     return clamped;
   }
 
+  // ---- The parts of the loss.
+
+  double hard_part(int64_t r) const {
+    const void* s = w.at_s[r];
+    const double m = w.row_m_s[r], log_z = w.log_z_1[r], eps = a.label_smoothing;
+    const double nll = (m - element<double>(a.student.type, s, a.labels[w.row[r]])) + log_z;
+    if (eps == 0) return nll;
+    double all = 0;
+    for (int64_t i = 0; i < a.cols; i++) all += m - element<double>(a.student.type, s, i);
+    const double classes = static_cast<double>(a.cols);
+    return (1.0 - eps) * nll + eps * (all / classes + log_z);
+  }
+
+  double t2() const { return a.scale_t2 ? temperature * temperature : 1.0; }
+
+  template <Divergence DIV, bool HARD>
+  void finish(int64_t r, double sum) const {
+    a.soft[w.row[r]] = DIV == Divergence::none ? 0.0 : sum * t2();
+    a.hard[w.row[r]] = HARD ? hard_part(r) : 0.0;
+  }
+
+  // ---- All rows.
+
   template <Divergence DIV, bool HARD, int K>
-  void step3(int64_t r) const {
-    const int64_t row = w.row[r];
-    const double t2 = a.scale_t2 ? temperature * temperature : 1.0;
-    const double soft = DIV == Divergence::none ? 0.0 : a.soft_weight * t2 * inv_t;
-    BlockConstants<R> c{};
-    c.inv_t = R(inv_t);
-    // u = ((s - t) - shift) / T - log_ratio. All but the rounding of the sum goes into `shift`: an
-    // error common to all u shows in the gradient of forward KL (1e-5 of it at T = 1000).
-    const R apart = R(w.row_m_s[r]) - R(w.row_m_t[r]);  // rounded as s - t is
-    const double shift = apart + temperature * w.log_ratio[r];
-    c.shift = R(shift);
-    c.log_ratio = R((shift - static_cast<double>(c.shift)) * inv_t);
-    c.from_s = R(w.row_m_s[r]);
-    c.log_z = R(w.log_z_s[r]);
-    double sum = 0, largest_step = 1.0;
-    if (DIV == Divergence::reverse_kl) {
-      Reverse<R> reverse{0, 0};
-      sum = round<DIV, HARD, K, false>(r, c, &reverse);
-      const double infinity = __builtin_inf();
-      c.mean = sum == infinity ? R(__builtin_nan("")) : R(reverse.mean);  // no gradient: NaN
-      largest_step = reverse.largest + __builtin_fabs(reverse.mean);
-    }
-    const double hard_size = __builtin_fabs(a.hard_weight);
-    const double factor = row_factor(row, hard_size + __builtin_fabs(soft) * largest_step);
-    c.c_hard = R(a.hard_weight * factor);
-    c.c_soft = R(soft * factor);
-    c.c_uniform = HARD ? R(a.hard_weight * factor * a.label_smoothing / a.cols) : R(0);
-    if (DIV != Divergence::reverse_kl || a.grad) {
-      const double s = round<DIV, HARD, K, true>(r, c, nullptr);
-      if (DIV != Divergence::reverse_kl) sum = s;
-    }
-    a.soft[row] = DIV == Divergence::none ? 0.0 : sum * t2;
-    a.hard[row] = HARD ? hard_part(r) : 0.0;
+  void group(int64_t rows) const {
+    for (int64_t r = 0; r < rows; r++) step1<DIV != Divergence::none, HARD, K>(r);
+    normalisers(w, shape, rows, inv_t);
+    for (int64_t r = 0; r < rows; r++) step3<DIV, HARD, K>(r);
   }
 
   template <Divergence DIV, bool HARD, int K>
   void run(int64_t begin, int64_t end) const {
+    const int64_t grad_bytes = a.cols * size_of(a.student.type);
     for (int64_t row = begin; row < end;) {
       int64_t rows = 0;
       for (; row < end && rows < shape.group; row++) {
@@ -509,12 +500,20 @@ struct Pass {
         } else {
           w.at_s[rows] = row_start(a.student, row, a.inner);
           w.at_t[rows] = row_start(a.teacher, row, a.inner);
+          w.at_g[rows] = static_cast<char*>(a.grad) + row * grad_bytes;
           w.row[rows++] = row;
         }
       }
-      for (int64_t r = 0; r < rows; r++) step1<DIV != Divergence::none, HARD, K>(r);
-      constants<R>(w, rows, shape.blocks, inv_t);
-      for (int64_t r = 0; r < rows; r++) step3<DIV, HARD, K>(r);
+      if (rows == 0) continue;
+      if constexpr (sizeof(R) == 4) {
+        if (shape.few) {
+          tile<DIV, HARD, K>(rows);
+        } else {
+          group<DIV, HARD, K>(rows);
+        }
+      } else {
+        group<DIV, HARD, K>(rows);
+      }
     }
   }
 
@@ -548,21 +547,26 @@ static bool in_double(const KdArgs& a) {
          a.temperature < 1e-30;
 }
 
+static int64_t kd_group_rows(const KdArgs& a) {
+  return (in_double(a) ? shape_of<double>(a) : shape_of<float>(a)).group;
+}
+
 static size_t kd_scratch_bytes(const KdArgs& a) {
   size_t bytes = 0;
   if (in_double(a)) {
-    carve<double>(a, shape_of(a), nullptr, &bytes);
+    carve<double>(a, shape_of<double>(a), nullptr, &bytes);
   } else {
-    carve<float>(a, shape_of(a), nullptr, &bytes);
+    carve<float>(a, shape_of<float>(a), nullptr, &bytes);
   }
   return bytes;
 }
 
 static void kd_forward(const KdArgs& a, int64_t begin, int64_t end, void* scratch) {
-  const Shape shape = shape_of(a);
   if (in_double(a)) {
+    const Shape shape = shape_of<double>(a);
     Pass<double>{a, shape, carve<double>(a, shape, scratch, nullptr)}.rows(begin, end);
   } else {
+    const Shape shape = shape_of<float>(a);
     Pass<float>{a, shape, carve<float>(a, shape, scratch, nullptr)}.rows(begin, end);
   }
 }

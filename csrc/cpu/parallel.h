@@ -32,6 +32,8 @@ void parallel_chunks(int64_t rows, int64_t group, int threads, const Body& body)
   body(0, 0, rows);
 }
 
+constexpr int64_t kHugePageBytes = 3 << 20;  // of an output: below, few hold a whole page
+
 // Before first touch: 2 MB pages for the aligned interior of a large output.
 inline void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

@@ -61,6 +61,15 @@ FD_INLINE float from_bf16(uint16_t h) {
   return from_bits<float>(static_cast<int32_t>(static_cast<uint32_t>(h) << 16));
 }
 
+FD_INLINE void widen(Type type, const uint16_t* h, float* x) {  // bf16 or f16
+  if (type == Type::bf16) {
+#pragma omp simd
+    for (int j = 0; j < kLanes; j++) x[j] = from_bf16(h[j]);
+  } else {
+    widen_f16(h, x);
+  }
+}
+
 FD_INLINE uint16_t to_bf16(float x) {  // round to nearest even
   const uint32_t bits = static_cast<uint32_t>(bits_of<float>(x));
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -77,6 +86,18 @@ FD_INLINE void narrow_bf16(const float* x, uint16_t* h) {
   const __m512i high = _mm512_srli_epi32(sum, 16);
   const __m512i out = _mm512_mask_mov_epi32(high, nan, _mm512_set1_epi32(0x7fc0));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(h), _mm512_cvtepi32_epi16(out));
+#elif defined(__AVX2__)
+  __m256i half[2];
+  for (int k = 0; k < 2; k++) {
+    const __m256 v = _mm256_loadu_ps(x + 8 * k);
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    half[k] = _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7fc0), nan);
+  }
+  const __m256i both = _mm256_packus_epi32(half[0], half[1]);  // by 128-bit lanes
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(h), _mm256_permute4x64_epi64(both, 0xd8));
 #else
 #pragma omp simd
   for (int j = 0; j < kLanes; j++) h[j] = to_bf16(x[j]);

@@ -1,0 +1,136 @@
+// Rows of few classes, kLanes of them at once with a row to a lane: their transpose, and back.
+// Included once per instruction set, inside that set's namespace.
+#pragma once
+#include "rows.inl"
+
+// to[i][j] = from[j][i], kLanes by kLanes.
+FD_INLINE void transpose(const float* const* from, float* const* to) {
+  static_assert(kLanes == 16, "the shuffles below are written for 16");
+#if defined(__AVX512F__)
+  __m512 a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_ps(from[i]);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 2) {  // pairs of rows, then rows by fours, in each 128-bit lane
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 4) {
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; k++) {
+      const __m512d x = _mm512_castps_pd(b[i + k]), y = _mm512_castps_pd(b[i + k + 2]);
+      a[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+      a[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {  // then the 128-bit lanes
+    const __m512 even = _mm512_shuffle_f32x4(a[i], a[4 + i], 0x88);
+    const __m512 odd = _mm512_shuffle_f32x4(a[i], a[4 + i], 0xdd);
+    const __m512 even2 = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0x88);
+    const __m512 odd2 = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0xdd);
+    _mm512_storeu_ps(to[i], _mm512_shuffle_f32x4(even, even2, 0x88));
+    _mm512_storeu_ps(to[4 + i], _mm512_shuffle_f32x4(odd, odd2, 0x88));
+    _mm512_storeu_ps(to[8 + i], _mm512_shuffle_f32x4(even, even2, 0xdd));
+    _mm512_storeu_ps(to[12 + i], _mm512_shuffle_f32x4(odd, odd2, 0xdd));
+  }
+#elif defined(__AVX2__)
+  for (int r = 0; r < 16; r += 8) {
+    for (int c = 0; c < 16; c += 8) {
+      __m256 a[8], b[8];
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps(from[r + i] + c);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < 8; i += 4) {
+#pragma GCC unroll 2
+        for (int k = 0; k < 2; k++) {
+          const __m256d x = _mm256_castps_pd(b[i + k]), y = _mm256_castps_pd(b[i + k + 2]);
+          a[i + 2 * k] = _mm256_castpd_ps(_mm256_unpacklo_pd(x, y));
+          a[i + 2 * k + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(x, y));
+        }
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(to[c + i] + r, _mm256_permute2f128_ps(a[i], a[4 + i], 0x20));
+        _mm256_storeu_ps(to[c + 4 + i] + r, _mm256_permute2f128_ps(a[i], a[4 + i], 0x31));
+      }
+    }
+  }
+#else
+  for (int i = 0; i < kLanes; i++)
+    for (int j = 0; j < kLanes; j++) to[i][j] = from[j][i];
+#endif
+}
+
+// Where the next kLanes columns of a tile begin: the last ones overlap those before.
+FD_INLINE int64_t next_columns(int64_t first, int64_t cols) {
+  return first + kLanes < cols && first + 2 * kLanes > cols ? cols - kLanes : first + kLanes;
+}
+
+// x[i * kLanes + r] = element i of row r, for i < cols.
+static void load_tile(Type type, const char* const* rows, int64_t cols, float* x) {
+  alignas(64) float wide[kLanes][kLanes] = {}, beyond[kLanes];
+  const float* from[kLanes];
+  float* to[kLanes];
+  const int64_t width = cols < kLanes ? cols : kLanes;
+  for (int64_t first = 0; first < cols; first = next_columns(first, cols)) {
+    for (int r = 0; r < kLanes; r++) {
+      from[r] = wide[r];
+      if (type == Type::f32) {
+        const float* row = reinterpret_cast<const float*>(rows[r]) + first;
+        if (width == kLanes) {
+          from[r] = row;
+        } else {
+          for (int64_t i = 0; i < width; i++) wide[r][i] = row[i];
+        }
+      } else if (width == kLanes) {
+        widen(type, reinterpret_cast<const uint16_t*>(rows[r]) + first, wide[r]);
+      } else {
+        for (int64_t i = 0; i < width; i++) wide[r][i] = element<float>(type, rows[r], i);
+      }
+    }
+    for (int i = 0; i < kLanes; i++) to[i] = i < width ? x + (first + i) * kLanes : beyond;
+    transpose(from, to);
+  }
+}
+
+// Element i of row r = x[i * kLanes + r], for i < cols and r < count, rounded to nearest.
+static void store_tile(Type type, char* const* rows, int count, int64_t cols, const float* x) {
+  alignas(64) float wide[kLanes][kLanes];
+  const float* from[kLanes];
+  float* to[kLanes];
+  const int64_t width = cols < kLanes ? cols : kLanes;
+  const bool direct = type == Type::f32 && width == kLanes;
+  for (int64_t first = 0; first < cols; first = next_columns(first, cols)) {
+    for (int i = 0; i < kLanes; i++) {
+      from[i] = x + (i < width ? first + i : first) * kLanes;
+      to[i] = direct && i < count ? reinterpret_cast<float*>(rows[i]) + first : wide[i];
+    }
+    transpose(from, to);
+    if (direct) continue;
+    for (int r = 0; r < count; r++) {
+      char* row = rows[r] + first * size_of(type);
+      uint16_t narrow[kLanes];
+      if (type == Type::f32) {
+        __builtin_memcpy(row, wide[r], static_cast<size_t>(width) * sizeof(float));
+        continue;
+      }
+      if (type == Type::bf16) {
+        narrow_bf16(wide[r], narrow);
+      } else {
+        narrow_f16(wide[r], narrow);
+      }
+      if (width == kLanes) {
+        __builtin_memcpy(row, narrow, sizeof narrow);
+      } else {
+        __builtin_memcpy(row, narrow, static_cast<size_t>(width) * sizeof *narrow);
+      }
+    }
+  }
+}
