@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch  # noqa: F401 - first: the kernels share the OpenMP runtime that torch has loaded
+import torch  # first: the kernels share the OpenMP runtime that torch has loaded
 
 
 class Loaded(NamedTuple):
@@ -38,3 +38,10 @@ def cpu() -> Loaded:
 def cuda() -> Loaded:
     """The CUDA C++ kernels (csrc/cuda); they load without a GPU, and fail at launch there."""
     return _CUDA
+
+
+def launch_cuda(name: str, device: torch.device, **arguments: Any) -> None:
+    """Run a launcher of the CUDA module on `device` and on torch's current stream there."""
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        getattr(_CUDA.module, name)(**arguments, stream=stream)

@@ -106,3 +106,43 @@ def axis(name: str, value: object, ndim: int) -> int:
     if not -ndim <= dim < ndim:
         raise ValueError(f"{name}: expected a value in [{-ndim}, {ndim - 1}], got {dim}")
     return dim % ndim
+
+
+def per_row(
+    name: str, value: object, rows: torch.Size, device: torch.device, rows_of: str
+) -> torch.Tensor:
+    """A tensor with one value per row; `rows_of` says what has those rows."""
+    x = tensor(name, value)
+    if x.shape != rows:
+        same_shape(name, x, rows, f"that of {rows_of}")
+    if x.device != device:
+        same_device(name, x, device, rows_of.split()[0])
+    return x
+
+
+def mask(value: object, rows: torch.Size, device: torch.device, rows_of: str) -> None:
+    """A boolean per row; True keeps it."""
+    x = per_row("mask", value, rows, device, rows_of)
+    if x.dtype is not torch.bool:
+        raise TypeError(f"mask: expected dtype torch.bool (True keeps), got {x.dtype}")
+
+
+def row_weight(value: object, rows: torch.Size, device: torch.device, rows_of: str) -> None:
+    """A floating weight per row. Its values are looked at where they are read."""
+    floating("row_weight", per_row("row_weight", value, rows, device, rows_of))
+
+
+def normalizer(value: object, reduction: str) -> tuple[float, torch.Tensor | None]:
+    """What replaces the divisor of "mean": a number > 0, or (1, a scalar tensor)."""
+    if reduction != "mean":
+        raise ValueError(
+            f'normalizer: expected reduction="mean" with it, got reduction={reduction!r}'
+        )
+    if not isinstance(value, torch.Tensor):
+        return positive("normalizer", value), None
+    if value.ndim != 0 or value.dtype.is_complex or value.dtype is torch.bool:
+        raise TypeError(
+            "normalizer: expected a number or a scalar tensor, got shape "
+            f"{list(value.shape)}, dtype {value.dtype}"
+        )
+    return 1.0, value

@@ -12,14 +12,14 @@ namespace fd {
 
 #if defined(FD_X86)
 namespace avx512 {
-extern const KdKernels kd_kernels;
+extern const Kernels kernels;
 }
 namespace avx2 {
-extern const KdKernels kd_kernels;
+extern const Kernels kernels;
 }
 #endif
 namespace baseline {
-extern const KdKernels kd_kernels;
+extern const Kernels kernels;
 }
 
 namespace {
@@ -42,10 +42,10 @@ bool always() { return true; }
 
 const Isa kIsas[] = {
 #if defined(FD_X86)
-    {"avx512", has_avx512, &avx512::kd_kernels},
-    {"avx2", has_avx2, &avx2::kd_kernels},
+    {"avx512", has_avx512, &avx512::kernels},
+    {"avx2", has_avx2, &avx2::kernels},
 #endif
-    {"baseline", always, &baseline::kd_kernels},
+    {"baseline", always, &baseline::kernels},
 };
 
 struct Choice {

@@ -1,13 +1,13 @@
 // Chooses the instruction set once, by cpuid, from one ordered list.
 #pragma once
-#include "kd.h"
+#include "kernels.h"
 
 namespace fd {
 
 struct Isa {
   const char* name;
   bool (*supported)();
-  const KdKernels* kd;
+  const Kernels* kernels;
 };
 
 // The first supported one, or the one that FASTDISTILL_CPU_ISA names. A name that is unknown, or

@@ -4,7 +4,7 @@
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
-#include "kd.h"
+#include "kernels.h"
 
 namespace fd {
 namespace FD_ISA {
@@ -12,9 +12,11 @@ namespace FD_ISA {
 #include "bench.inl"
 #include "kd.inl"
 
-extern const KdKernels kd_kernels;
-const KdKernels kd_kernels = {kd_scratch_bytes, kd_group_rows, kd_forward,
-                              kd_scale,         exp_loop,      read_read_write};
+extern const Kernels kernels;
+const Kernels kernels = {
+    {kd_scratch_bytes, kd_group_rows, kd_forward, kd_scale},
+    {exp_loop, read_read_write},
+};
 
 }  // namespace FD_ISA
 }  // namespace fd

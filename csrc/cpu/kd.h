@@ -1,20 +1,10 @@
-// What the kd kernels are given: raw pointers, sizes and strides. No torch, no Python.
+// What the kd kernels are given.
 #pragma once
-#include <cstddef>
-#include <cstdint>
+#include "rows.h"
 
 namespace fd {
 
-enum class Type : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 enum class Divergence : int { none = 0, forward_kl = 1, reverse_kl = 2, cross_entropy = 3 };
-enum class Reduction : int { none = 0, sum = 1, mean = 2 };
-
-struct Rows {  // row r of a strided [..., V] tensor starts at (r / inner) * outer + (r % inner) *
-               // step
-  const void* data;
-  Type type;
-  int64_t outer, step;  // in elements
-};
 
 struct KdArgs {
   Rows student, teacher;
@@ -45,9 +35,6 @@ struct KdKernels {
   int64_t (*group_rows)(const KdArgs&);
   void (*forward)(const KdArgs&, int64_t begin, int64_t end, void* scratch);
   void (*scale)(const ScaleArgs&, int64_t begin, int64_t end);
-  // For bench/ only (bench.inl).
-  float (*exp_loop)(const float* x, float* e, int64_t n, int64_t repeats);
-  void (*read_read_write)(const char* a, const char* b, char* out, int64_t bytes, bool stream);
 };
 
 }  // namespace fd

@@ -175,7 +175,3 @@ int fd_kd_scale(const fd::ScaleArgs* args, void* stream) {
   }
   return cudaErrorInvalidValue;
 }
-
-const char* fd_error_text(int status) {
-  return cudaGetErrorString(static_cast<cudaError_t>(status));
-}

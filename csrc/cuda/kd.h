@@ -1,18 +1,10 @@
-// What the kd kernels are given: raw pointers, sizes and strides. No torch, no Python.
+// What the kd kernels are given.
 #pragma once
-#include <cstdint>
+#include "rows.h"
 
 namespace fd {
 
-enum class Type : int { f32 = 0, bf16 = 2, f16 = 3 };
 enum class Divergence : int { none = 0, forward_kl = 1, reverse_kl = 2, cross_entropy = 3 };
-
-// Row r of a strided [..., V] tensor starts at (r / inner) * outer + (r % inner) * step.
-struct Rows {
-  const void* data;
-  Type type;
-  int64_t outer, step;  // in elements
-};
 
 struct KdArgs {
   Rows student, teacher;  // the teacher is not read where `divergence` is none
@@ -44,5 +36,4 @@ struct ScaleArgs {  // out = in * grad_output * grad_scale, for the backward pas
 extern "C" {
 int fd_kd_forward(const fd::KdArgs* args, void* stream);
 int fd_kd_scale(const fd::ScaleArgs* args, void* stream);
-const char* fd_error_text(int status);
 }

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdistill import _backend, _native, _torch_private, _validate
+from fastdistill import _backend, _refusals, _torch_private, _validate
 from fastdistill.kd import native_cuda, reference
 
 REDUCTIONS = ("mean", "sum", "none", "batchmean")
 OP = "kd_loss"
+ROWS_OF = "student_logits without the class dimension"
 
 
 class KDLossParts(NamedTuple):
@@ -180,12 +180,9 @@ def kd_loss(
     elif hard_weight != 0:
         raise ValueError(f"labels: expected a tensor with hard_weight={hard_weight}, got None")
     if mask is not None:
-        _check_per_row("mask", mask, rows, device)
-        if mask.dtype is not torch.bool:
-            raise TypeError(f"mask: expected dtype torch.bool (True keeps), got {mask.dtype}")
+        _validate.mask(mask, rows, device, ROWS_OF)
     if row_weight is not None:
-        _check_per_row("row_weight", row_weight, rows, device)
-        _validate.floating("row_weight", row_weight)
+        _validate.row_weight(row_weight, rows, device, ROWS_OF)
 
     # None of these gets a gradient; the ops are not to be asked for one.
     teacher, row_weight, normalizer = map(_detached, (teacher, row_weight, normalizer))
@@ -239,14 +236,6 @@ def _detached(x: Any) -> Any:
     return x.detach() if isinstance(x, Tensor) and x.requires_grad else x
 
 
-def _check_per_row(name: str, value: object, rows: torch.Size, device: torch.device) -> None:
-    x = _validate.tensor(name, value)
-    if x.shape != rows:
-        _validate.same_shape(name, x, rows, "that of student_logits without the class dimension")
-    if x.device != device:
-        _validate.same_device(name, x, device, "student_logits")
-
-
 def _check_labels(labels: object, rows: torch.Size, device: torch.device) -> None:
     x = _validate.tensor("labels", labels)
     if x.dtype is not torch.int64:
@@ -257,7 +246,7 @@ def _check_labels(labels: object, rows: torch.Size, device: torch.device) -> Non
                 'divergence="cross_entropy"'
             )
         raise TypeError(f"labels: expected class indices of dtype int64, got {x.dtype}")
-    _check_per_row("labels", x, rows, device)
+    _validate.per_row("labels", x, rows, device, ROWS_OF)
 
 
 def _divisor(
@@ -265,18 +254,7 @@ def _divisor(
 ) -> tuple[float, Tensor | None]:
     """What the sum over rows is divided by: a number, or a scalar tensor that replaces it."""
     if normalizer is not None:
-        if reduction != "mean":
-            raise ValueError(
-                f'normalizer: expected reduction="mean" with it, got reduction={reduction!r}'
-            )
-        if not isinstance(normalizer, Tensor):
-            return _validate.positive("normalizer", normalizer), None
-        if normalizer.ndim != 0 or normalizer.dtype.is_complex or normalizer.dtype is torch.bool:
-            raise TypeError(
-                "normalizer: expected a number or a scalar tensor, got shape "
-                f"{list(normalizer.shape)}, dtype {normalizer.dtype}"
-            )
-        return 1.0, normalizer
+        return _validate.normalizer(normalizer, reduction)
     if reduction == "batchmean":
         if ndim < 2 or dim % ndim == 0:
             raise ValueError(
@@ -287,49 +265,23 @@ def _divisor(
     return 1.0, None
 
 
-def _refuse_transforms(case: _backend.Case) -> str | None:
-    if case.transforms:
-        return (
-            "the fused kernels have one derivative, in reverse mode; functorch transforms and "
-            'forward-mode AD run on backend("reference")'
-        )
-    return None
-
-
-def _refuse_cpu(case: _backend.Case) -> str | None:
-    if case.device != "cpu":
-        return f"it runs on tensors on the CPU, not on {case.device}"
-    return _native.cpu().reason or _refuse_transforms(case)
-
-
-# Found without being imported, and now: torch.compile can trace neither.
-_TRITON_MISSING = None if find_spec("triton") else "the package triton is not installed"
-
-
-def _refuse_triton(case: _backend.Case) -> str | None:
-    if case.device != "cuda":
-        return f"it runs on tensors on an NVIDIA or AMD GPU, not on {case.device}"
-    return _TRITON_MISSING or _refuse_transforms(case)
-
-
 def _refuse_cuda(case: _backend.Case) -> str | None:
-    if case.device != "cuda":
-        return f"it runs on tensors on an NVIDIA GPU, not on {case.device}"
-    if not native_cuda.supports(*case.dtypes):
-        student, teacher = case.dtypes
-        return (
+    student, teacher = case.dtypes
+    problem = None
+    if not native_cuda.supports(student, teacher):
+        problem = (
             "it takes logits of one type (float32, bfloat16 or float16), or one of the 16-bit "
             f"types together with float32; not {student} with {teacher}"
         )
-    return _native.cuda().reason or _refuse_transforms(case)
+    return _refusals.cuda(case, problem)
 
 
 _backend.register(
     OP,
     {
-        "triton": _refuse_triton,
+        "triton": _refusals.triton,
         "cuda": _refuse_cuda,
-        "cpu": _refuse_cpu,
-        "reference": lambda case: None,
+        "cpu": _refusals.cpu,
+        "reference": _refusals.nothing,
     },
 )

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill import _native
-from fastdistill.kd import layout, ops, rows
+from fastdistill import _layout, _native, _rows
+from fastdistill.kd import ops
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _DIVERGENCES = {"forward_kl": 1, "reverse_kl": 2, "cross_entropy": 3}
@@ -39,13 +39,13 @@ def kd_fwd(
     if normalizer is not None:
         divisor = float(normalizer)
         if not 0 < divisor < float("inf"):
-            raise ValueError(rows.bad_normalizer(divisor))
+            raise ValueError(_rows.bad_normalizer(divisor))
     outputs = ops.allocate(student, teacher, reduction, need_grad)
     loss, hard, soft, grad, grad_scale = outputs
     cols = student.shape[-1]
-    inner = layout.inner_rows(student)
-    student, s_outer, s_step = layout.strided_rows(student)
-    teacher, t_outer, t_step = layout.strided_rows(teacher)
+    inner = _layout.inner_rows(student)
+    student, s_outer, s_step = _layout.strided_rows(student)
+    teacher, t_outer, t_step = _layout.strided_rows(teacher)
     # Held here until the call is over: the kernel sees addresses only.
     labels = None if labels is None else labels.contiguous()
     mask = None if mask is None else mask.contiguous()
@@ -84,9 +84,9 @@ def kd_fwd(
         torch.get_num_threads(),
     )
     if error == _BAD_LABEL:
-        raise ValueError(rows.bad_label(int(value), cols, ignore_index))
+        raise ValueError(_rows.bad_label(int(value), cols, ignore_index))
     if error == _BAD_WEIGHT:
-        raise ValueError(rows.bad_weight(value))
+        raise ValueError(_rows.bad_weight(value))
     return outputs
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from fastdistill import _native
-from fastdistill.kd import layout, ops, rows
+from fastdistill import _layout, _rows
+from fastdistill._native import launch_cuda as _launch
+from fastdistill.kd import ops, rows
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 _DIVERGENCES = {"forward_kl": 1, "reverse_kl": 2, "cross_entropy": 3}
@@ -22,14 +21,6 @@ def supports(student: object, teacher: object) -> bool:
     """
     pair = {student, teacher}
     return pair <= _TYPES.keys() and (len(pair) == 1 or torch.float32 in pair)
-
-
-def _launch(name: str, device: torch.device, **arguments: Any) -> None:
-    """Run a launcher of the compiled module on `device` and on torch's current stream there."""
-    module = _native.cuda().module
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        getattr(module, name)(**arguments, stream=stream)
 
 
 def _pointer(x: Tensor | None) -> int:
@@ -56,13 +47,13 @@ def kd_fwd(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, hard, soft, grad, grad_scale) of the op `fastdistill::kd_fwd`."""
-    scale = rows.row_scale(
+    scale = _rows.row_scale(
         student, labels, mask, row_weight, normalizer, ignore_index, reduction, divisor,
         torch.float32,
     ).contiguous()  # fmt: skip
     _, hard, soft, grad, grad_scale = ops.allocate(student, teacher, "none", need_grad)
-    s, s_outer, s_step = layout.strided_rows(student)
-    t, t_outer, t_step = layout.strided_rows(teacher)
+    s, s_outer, s_step = _layout.strided_rows(student)
+    t, t_outer, t_step = _layout.strided_rows(teacher)
     labels = labels.contiguous() if labels is not None and hard_weight != 0 else None
     _launch(
         "kd_forward",
@@ -77,7 +68,7 @@ def kd_fwd(
         teacher_step=t_step,
         rows=scale.numel(),
         cols=student.shape[-1],
-        inner=layout.inner_rows(student),
+        inner=_layout.inner_rows(student),
         labels=_pointer(labels),
         row_scale=scale.data_ptr(),
         temperature=temperature,

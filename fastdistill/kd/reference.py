@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdistill import _torch_private
+from fastdistill import _rows, _torch_private
 from fastdistill.kd import rows
 
 NEAR = 0.1
@@ -43,10 +43,10 @@ def kd_loss(
     if student.device.type == "cpu" and not (
         torch.compiler.is_compiling() or _torch_private.transforms_active()
     ):
-        rows.check_values(labels, mask, row_weight, normalizer, student.shape[-1], ignore_index)
+        _rows.check_values(labels, mask, row_weight, normalizer, student.shape[-1], ignore_index)
     double = torch.float64 in (student.dtype, teacher.dtype)
     dtype = torch.float64 if double else torch.float32
-    scale = rows.row_scale(
+    scale = _rows.row_scale(
         student, labels, mask, row_weight, normalizer, ignore_index, reduction, divisor, dtype
     )
     # Dropped rows leave by select, on the inputs: a NaN there must not reach the gradient.

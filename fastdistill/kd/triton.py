@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.kd import layout, ops, rows
+from fastdistill import _layout, _rows
+from fastdistill.kd import ops
 
 NO_DIVERGENCE = tl.constexpr(0)
 FORWARD_KL = tl.constexpr(1)
@@ -160,7 +161,7 @@ def _scalar(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _row_start(row, inner, outer, step, NESTED: tl.constexpr):
-    """The element at which the int64 row begins; see fastdistill.kd.layout."""
+    """The element at which the int64 row begins; see fastdistill._layout."""
     if NESTED:
         start = (row // inner) * outer + (row % inner) * step
     else:
@@ -821,23 +822,23 @@ def _power_of_two_at_least(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-class _Rows(NamedTuple):
-    """Where the rows of a tensor begin (fastdistill.kd.layout), and element 0 in its vector."""
+class _Begins(NamedTuple):
+    """Where the rows of a tensor begin (fastdistill._layout), and element 0 in its vector."""
 
     outer: int
     step: int
     shift: int
 
-    def like(self, other: _Rows, vec: int) -> bool:
+    def like(self, other: _Begins, vec: int) -> bool:
         """Each row's vectors begin at the same class as in `other`."""
         return all((a - b) % vec == 0 for a, b in zip(self, other, strict=True))
 
 
-def _rows(x: Tensor, outer: int, step: int, inner: int, count: int, vec: int) -> _Rows:
+def _begins(x: Tensor, outer: int, step: int, inner: int, count: int, vec: int) -> _Begins:
     """A stride that is never taken may say anything: here it goes on from the other one."""
     if inner == 1:
         step = outer if count > 1 else 0
-    return _Rows(step * inner if inner == count else outer, step, _shift(x, vec))
+    return _Begins(step * inner if inner == count else outer, step, _shift(x, vec))
 
 
 def kd_fwd(
@@ -862,7 +863,7 @@ def kd_fwd(
     outputs = ops.allocate(student, teacher, reduction, need_grad)
     loss, hard, soft, grad, grad_scale = outputs
     dtype = loss.dtype
-    row_scale = rows.row_scale(
+    row_scale = _rows.row_scale(
         student, labels, mask, row_weight, normalizer, ignore_index, reduction, divisor, dtype
     ).contiguous()
     count, cols = row_scale.numel(), student.shape[-1]
@@ -873,16 +874,16 @@ def kd_fwd(
         soft_term, hard_term = soft_weight != 0, hard_weight != 0
         if not soft_term:
             temperature = 1.0
-        inner = layout.inner_rows(student)
-        student, s_outer, s_step = layout.strided_rows(student)
-        teacher, t_outer, t_step = layout.strided_rows(teacher)
+        inner = _layout.inner_rows(student)
+        student, s_outer, s_step = _layout.strided_rows(student)
+        teacher, t_outer, t_step = _layout.strided_rows(teacher)
         vec = 16 // min(student.element_size(), teacher.element_size())
         if cols <= _NARROW_COLS:
             vec = 1
-        s_rows = _rows(student, s_outer, s_step, inner, count, vec)
-        t_rows = _rows(teacher, t_outer, t_step, inner, count, vec)
-        g_rows = _rows(grad, inner * cols, cols, inner, count, vec) if need_grad else s_rows
-        aligned = _Rows(0, 0, 0)
+        s_rows = _begins(student, s_outer, s_step, inner, count, vec)
+        t_rows = _begins(teacher, t_outer, t_step, inner, count, vec)
+        g_rows = _begins(grad, inner * cols, cols, inner, count, vec) if need_grad else s_rows
+        aligned = _Begins(0, 0, 0)
         exact = cols % vec == 0 and all(r.like(aligned, vec) for r in (s_rows, t_rows, g_rows))
         reverse = soft_term and divergence == "reverse_kl"
         config = _config(student.device, dtype is torch.float64, cols, reverse)

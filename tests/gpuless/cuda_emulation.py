@@ -96,12 +96,15 @@ def build() -> Path:
     with tempfile.TemporaryDirectory(dir=_cache()) as name:
         work = Path(name)
         python = ["-I", sysconfig.get_paths()["include"], "-I", pybind11.get_include()]
-        objects = [work / "kd.o", work / "bindings.o"]
-        bindings = ["-O0", "-c", str(SOURCES / "bindings.cpp"), "-o", str(objects[1])]
-        commands = [
-            compile_kernels(SOURCES / "kd.cu", objects[0], ["-c", *flags]),
-            ["g++", *FLAGS, *python, *bindings],
-        ]
+        objects = []
+        commands = []
+        for source in sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")]):
+            objects.append(work / f"{source.stem}.o")
+            if source.suffix == ".cu":
+                commands.append(compile_kernels(source, objects[-1], ["-c", *flags]))
+            else:
+                bindings = ["-O0", "-c", str(source), "-o", str(objects[-1])]
+                commands.append(["g++", *FLAGS, *python, *bindings])
         running = [subprocess.Popen(c, stderr=subprocess.PIPE, text=True) for c in commands]
         for process in running:
             errors = process.communicate()[1]

@@ -23,7 +23,8 @@ import triton.language as tl
 import triton_shim
 from torch import Tensor
 
-from fastdistill.kd import api, ops, reference, rows
+from fastdistill import _rows
+from fastdistill.kd import api, ops, reference
 from fastdistill.kd import triton as kd_triton
 
 assert os.environ.get("TRITON_INTERPRET") == "1", __doc__
@@ -174,7 +175,7 @@ def check(s: Tensor, t: Tensor, call: Call, upstream: Tensor | float = 1.0) -> R
             difference = (s.to(F64) - t.to(F64)).nan_to_num(0.0, 0.0, 0.0).abs().amax(-1)
             q = q * torch.clamp(difference / T, 1.0)
         largest += torch.maximum(p, q) * abs(call.soft_weight) * (T if call.scale_t2 else 1 / T)
-    scale = rows.row_scale(s, *call[:4], *call[9:10], *call[11:], F64)
+    scale = _rows.row_scale(s, *call[:4], *call[9:10], *call[11:], F64)
     largest = (largest * scale * upstream).abs().nan_to_num(0.0, 0.0)
     rounding = UNIT[s.dtype] * want.grad.abs() + 2 * LEAST[s.dtype] * max(1.0, biggest(upstream))
     if want.grad.numel():
