@@ -1,5 +1,9 @@
 """Fixtures of the whole suite."""
 
+import contextlib
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,13 +11,27 @@ import fastdistill
 from fastdistill import _native
 from fastdistill.kd import ops
 
+sys.path.append(str(Path(__file__).with_name("gpuless")))
+import cuda_emulation as emulation
 
-@pytest.fixture(params=["reference", "cpu"])
+
+@pytest.fixture(scope="session")
+def emulated_cuda():
+    """The CUDA kernels, built for the host."""
+    if emulation.missing() is not None:
+        pytest.skip(emulation.missing())
+    return emulation.load(emulation.build())
+
+
+@pytest.fixture(params=["reference", "cpu", emulation.NAME])
 def backend(request):
-    """Each backend that runs on the CPU, requested explicitly."""
+    """Each backend that runs on the CPU, requested explicitly, and the CUDA kernels emulated."""
     if request.param == "cpu" and _native.cpu().module is None:
         pytest.skip(_native.cpu().reason)
-    with fastdistill.backend(request.param):
+    with contextlib.ExitStack() as stack:
+        if request.param == emulation.NAME:
+            stack.enter_context(emulation.registered(request.getfixturevalue("emulated_cuda")))
+        stack.enter_context(fastdistill.backend(request.param))
         yield request.param
 
 

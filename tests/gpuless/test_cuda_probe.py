@@ -1,6 +1,6 @@
 """The CUDA C++ kernels under sanitizers, faults put into them on purpose, and their machine code.
 
-`cuemu/probe.cu` runs one kernel of each kind on small rows. It has to be clean under
+`cuemu/probe_kd.cu` runs one kernel of each kind on small rows. It has to be clean under
 AddressSanitizer and UndefinedBehaviorSanitizer, and under ThreadSanitizer with a thread per CUDA
 thread. Each fault has to be found, or these checks prove nothing.
 """
@@ -21,7 +21,7 @@ needs_host_build = pytest.mark.skipif(
     emulation.missing() is not None, reason=str(emulation.missing())
 )
 
-PROBE = emulation.EMULATOR / "probe.cu"
+PROBE = emulation.EMULATOR / "probe_kd.cu"
 MEMORY = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 RACES = ["-O0", "-fsanitize=thread", "-DCUEMU_THREADS", "-pthread"]
 
