@@ -68,15 +68,16 @@ def _cache() -> Path:
     return path
 
 
+_BOUNDS = r"__launch_bounds__\s*\(((?:[^()]|\([^()]*\))*)\)"
+_BOUNDED = re.compile(rf"(__global__[^;{{]*?{_BOUNDS}[^;{{]*\{{)")
+
+
 def instrumented(sources: Path, folder: Path) -> Path:
     """A copy of `sources` whose kernels check their launch bounds, line by line the same."""
     shutil.copytree(sources, folder)
-    bounds = r"__launch_bounds__\s*\(((?:[^()]|\([^()]*\))*)\)"
     for path in folder.rglob("*"):
         if path.suffix in (".cu", ".cuh", ".h", ".inl"):
-            text = path.read_text()
-            kernels = re.compile(rf"(__global__[^;{{]*?{bounds}[^;{{]*\{{)")
-            path.write_text(kernels.sub(r"\1 cuemu::launch_bounds(\2);", text))
+            path.write_text(_BOUNDED.sub(r"\1 cuemu::launch_bounds(\2);", path.read_text()))
     return folder
 
 

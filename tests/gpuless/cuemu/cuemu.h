@@ -134,6 +134,19 @@ inline Block& block_now() { return launch_now->blocks[rank()]; }
   _Exit(86);
 }
 
+// Whether the fault number `n`, of those that cuda_faults.py has put into a copy of the kernels, is
+// to be made in this run.
+inline bool fault(int n) {
+  static const char* const text = getenv("CUEMU_FAULT");
+  static const int chosen = text == nullptr ? -1 : atoi(text);
+  return n == chosen;
+}
+
+template <class I>
+I narrow(int n, I offset) {
+  return fault(n) ? static_cast<I>(static_cast<int32_t>(offset)) : offset;
+}
+
 // ---- Waiting ------------------------------------------------------------------------------------
 
 #ifdef CUEMU_THREADS
@@ -209,7 +222,7 @@ inline void wake(unsigned begin, unsigned end, State state) {
 
 // ---- Barriers and collectives -------------------------------------------------------------------
 
-// `total` threads, of which `begin` to `end` of the cluster, meet at `barrier`.
+// The threads `begin` to `end` of the cluster meet at `barrier`; `alive` of them still run.
 inline void sync(Barrier& barrier, unsigned begin, unsigned end, unsigned alive, State state,
                  std::unique_lock<std::mutex>& lock) {
   if (alive != end - begin) fail("a barrier after a thread that should meet there has returned");
@@ -351,6 +364,8 @@ inline int shared_limit() {
   return text != nullptr ? atoi(text) : 227 * 1024;
 }
 
+inline bool exact_exp2 = false;  // see approximate_exp2
+
 inline std::map<const void*, int> dynamic_allowed;  // kernel -> what it was given beyond 48 KB
 
 // ---- Launches -----------------------------------------------------------------------------------
@@ -418,6 +433,7 @@ inline void run(dim3 grid, dim3 block, unsigned cluster, size_t dynamic_bytes,
                 std::function<void()> kernel) {
   Launch l;
   launch_now = &l;
+  exact_exp2 = getenv("CUEMU_EXACT_EXP2") != nullptr;
   gridDim = grid;
   blockDim = block;
   l.count = block.x;
@@ -450,8 +466,10 @@ inline void launch_bounds(unsigned threads, unsigned = 0, unsigned blocks_of_clu
 
 // ex2.approx.ftz.f32 may be wrong by 2 units in the last place: so this one is, in a direction that
 // depends on the argument in no useful way. exp2(0) is exact.
+// CUEMU_EXACT_EXP2 asks for the nearest one instead.
 inline float approximate_exp2(float x) {
   const float exact = ::exp2f(x);
+  if (exact_exp2) return exact;
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   bits *= 2654435761u;
