@@ -55,6 +55,9 @@ class TritonKernel(NamedTuple):
     architecture: str  # the name in `module` that tells a launcher its target, for a patch
     faults: tuple[Config, ...]  # configurations on which faults are looked for
     harmless: Mapping[str, str] = {}  # a fault that changes nothing -> why
+    sanitized: tuple[Config, ...] = ()  # configurations that triton-viz's sanitizer can follow,
+    not_sanitized: str = ""  # or why it cannot
+    measured: Callable[[tuple[int, ...], str], Config] | None = None  # (shape, dtype) of `bench`
 
     @property
     def room(self) -> str:

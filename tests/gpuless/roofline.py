@@ -106,6 +106,23 @@ def models() -> Iterator[tuple[TritonKernel, str, Config, GPU, Model]]:
                     yield job.kernel, headline, job.config, gpu, found
 
 
+def of_name(device: str) -> GPU | None:
+    """The GPU that torch calls `device`, such as "NVIDIA H100 80GB HBM3"."""
+    return next((gpu for gpu in GPUS if gpu.name in device), None)
+
+
+def predict(op: str, shape: tuple[int, ...], dtype: str, gpu: GPU) -> tuple[str, Model] | None:
+    """(kernel, model of an element) of what `bench` measures, compiled here for that GPU."""
+    for kernel in budgets.table.TRITON:
+        if kernel.room == op and kernel.measured is not None:
+            config = {**kernel.measured(shape, dtype), "target": gpu.target}
+            if kernel.possible(config):
+                job = budgets.Job(kernel, "measured", config, gpu.target)
+                (compiled,) = budgets.compile_all([job])
+                return kernel.name, model(gpu, compiled.figures(), kernel.least(config))
+    return None
+
+
 def lines() -> Iterator[str]:
     """A table."""
     yield f"{'kernel':18} {'headline':20} {'GPU':5} {'modelled':>13}  {'bound':13} of the least"

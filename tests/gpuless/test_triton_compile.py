@@ -8,7 +8,9 @@ rewrites it and shows what moved).
 
 from __future__ import annotations
 
+import importlib
 import os
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +22,7 @@ import covering
 import table
 import triton
 import triton_budgets as budgets
+import triton_faults
 import triton_static as static
 
 JOBS = {f"{job.kernel.name}: {job.name}": job for job in budgets.jobs()}
@@ -73,3 +76,19 @@ def test_forced_spills_are_seen(kernel: table.TritonKernel) -> None:
     tight = launch._replace(options={**launch.options, "maxnreg": 24, "num_warps": 1})
     code = static.read(static.compile_launch(tight, "sm_90"))
     assert code.spills and code.stack, code
+
+
+@pytest.mark.parametrize("kernel", table.TRITON, ids=lambda k: k.name)
+def test_alignment_that_is_not_told_is_seen(kernel: table.TritonKernel, tmp_path: Path) -> None:
+    """Without the hints the accesses are narrow: the negative control of the widths."""
+    path = Path(importlib.import_module(kernel.module).__file__ or "")
+    hints = [f for f in triton_faults.faults(path) if f.kind == "alignment not told"]
+    assert hints
+    name, config = next(iter(kernel.headlines.items()))
+    budget = (budgets.read() or {}).get(kernel.name, {}).get(f"{name}/sm_90", {"wide_load": 1.0})
+    for fault in hints:
+        module = triton_faults.module_with(fault, path, tmp_path)
+        launch = static.record(kernel, config, "sm_90", module)
+        compiled = static.compile_launch(launch, "sm_90")
+        cost = static.cost(kernel, launch, compiled, static.read(compiled), "sm_90")
+        assert cost.wide_load < budget["wide_load"], str(fault)

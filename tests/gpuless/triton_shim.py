@@ -84,11 +84,16 @@ def _run(self: Any, *args: Any, **kwargs: Any) -> Any:
     return _original_run(self, *args, **kwargs)
 
 
-def _inside(pointers: Any, mask: Any) -> None:
-    at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)].astype(np.int64)
+def _in_ranges(at: np.ndarray) -> np.ndarray:
     good = np.zeros(at.shape, bool)
     for begin, end in _ranges:
         good |= (at >= begin) & (at < end)
+    return good
+
+
+def _inside(pointers: Any, mask: Any) -> None:
+    at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)].astype(np.int64)
+    good = _in_ranges(at)
     if not good.all():
         raise IndexError(f"out of bounds: {int((~good).sum())} elements outside every tensor")
 
@@ -104,13 +109,17 @@ def _masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -
 
 
 def _promise(self: Any, key: str, value: Any) -> None:
-    """A hint on pointers has to hold at the start of each run of neighbours."""
+    """A hint on pointers into a tensor has to hold at the start of each run of neighbours.
+
+    Rows after the last one point beyond it, and nothing is read there.
+    """
     if key == "tt.divisibility" and isinstance(self.dtype.scalar, tl.pointer_type):
         at = np.atleast_1d(self.data).astype(np.int64)
         width = self.dtype.scalar.element_ty.primitive_bitwidth // 8
         begins = np.concatenate(
             [np.ones_like(at[..., :1], bool), np.diff(at, axis=-1) != width], axis=-1
         )
+        begins &= _in_ranges(at)
         divisor = int(np.atleast_1d(value)[-1])
         if (at[begins] % divisor).any():
             raise ValueError(f"false alignment: pointers that are no multiples of {divisor}")

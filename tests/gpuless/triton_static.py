@@ -81,9 +81,14 @@ def on(target: str, module: ModuleType, name: str) -> Iterator[None]:
     forget()
 
 
-def record(kernel: TritonKernel, config: Config, target: str | None = None) -> Launch:
-    """The launch of this kernel that the configuration leads to."""
-    module = importlib.import_module(kernel.module)
+def record(
+    kernel: TritonKernel,
+    config: Config,
+    target: str | None = None,
+    module: ModuleType | None = None,
+) -> Launch:
+    """The launch of this kernel that the configuration leads to, in a copy of its module if given."""
+    module = module or importlib.import_module(kernel.module)
     with on(target or config["target"], module, kernel.architecture), recording(module) as launches:
         kernel.call(module, config)
     found = [x for x in launches if x.kernel.__name__ == kernel.name]
