@@ -14,7 +14,6 @@ from fastdistill.kd import ops
 sys.path.append(str(Path(__file__).with_name("gpuless")))
 import cuda_emulation as emulation
 
-
 HOT = """at T = 1000 log(q / p) is 1e-3, and the CUDA kernels take its constant part as a difference
 of two sums, whose rounding all classes share: a gradient 22 times the error allowed"""
 

@@ -20,9 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-HERE = Path(__file__).parent
-if __name__ == "__main__":  # as a program, from anywhere
-    sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[2]))  # as a program, from anywhere
 
 import cuda_emulation as emulation
 import table
@@ -189,9 +187,7 @@ def hunt(probe: str, headers: tuple[str, ...], folder: Path) -> list[Outcome]:
 
 def harmless(probe: str) -> dict[str, str]:
     """Faults of a probe's kernels that change nothing, with the reason."""
-    return {
-        place: why for k in table.CUDA if k.probe == probe for place, why in k.harmless.items()
-    }
+    return {place: why for k in table.CUDA if k.probe == probe for place, why in k.harmless.items()}
 
 
 def main() -> int:
@@ -200,7 +196,8 @@ def main() -> int:
             for outcome in hunt(probe, headers, Path(folder)):
                 caught = ", ".join(sorted(outcome.caught))
                 why = harmless(probe).get(str(outcome.fault))
-                print(f"{outcome.fault} -> {caught or (why and f'changes nothing: {why}') or 'SURVIVES'}")
+                fate = caught or (f"changes nothing: {why}" if why else "SURVIVES")
+                print(f"{outcome.fault} -> {fate}")
     return 0
 
 

@@ -76,6 +76,4 @@ class CudaKernel(NamedTuple):
     source: str  # the file in csrc/cuda that has the kernel
     probe: str  # the file in cuemu/
     headers: tuple[str, ...]  # files of csrc/cuda that faults are put into
-    per_thread: int  # elements that a thread takes at once in its loops
-    least: Callable[[str], Least | None]  # the instance's demangled name -> ..., for the roofline
     harmless: Mapping[str, str] = {}

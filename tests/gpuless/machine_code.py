@@ -76,9 +76,7 @@ def sass(path: Path | str) -> dict[str, Code]:
     """Mangled name -> code, of every kernel of a cubin."""
     usage = _run("cuobjdump", "--dump-resource-usage", str(path))
     listing = _run("nvdisasm", "-c", str(path))
-    found = re.findall(
-        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage
-    )
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     parts = re.split(r"^\s*\.section\s+\.text\.([^,\s]+).*$", listing, flags=re.MULTILINE)
     sections = dict(zip(parts[1::2], parts[2::2], strict=True))
     kernels = {}

@@ -298,18 +298,12 @@ TRITON = (
 )  # fmt: skip
 
 
-def least_cuda_forward(name: str) -> Least:
-    """Of an instance such as kd_forward<1, InShared<bf16, bf16>>."""
-    width = {"float": 4, "bf16": 2, "f16": 2, "None": 0}
-    student, teacher = (part.strip() for part in name.split("<")[2].rstrip("> ").split(","))
-    return Least(width[student] + width[teacher], width[student], 3 if width[teacher] else 1)
-
-
 _NO_CHUNK = "a chunk beyond the row's end reads nothing and stores nothing"
 HARMLESS_CUDA = {
     "mask loosened: kd.cuh: const bool near = fabsf(u) < kNear;":
         "no mask: where a series takes over, which is still good to 1e-5 at |u| = 1.1",
-    "tail missing: chunk.cuh: for (int i = 0; i < kChunk; i += 2) round_pair(x[i], x[i + 1], y + i);":
+    "tail missing: chunk.cuh: for (int i = 0; i < kChunk; i += 2) "
+    "round_pair(x[i], x[i + 1], y + i);":
         "steps of 2 up to 8: the last is at 6",
     "mask loosened: kd.cuh: for (int k = 0; k < kChunks; k++) {":
         "chunk k of a lane is used only where it is < row.chunks",
@@ -335,8 +329,6 @@ CUDA = (
         source="kd.cuh",
         probe="probe_kd.cu",
         headers=("kd.cuh", "chunk.cuh", "group.cuh"),
-        per_thread=8,
-        least=least_cuda_forward,
         harmless=HARMLESS_CUDA,
     ),
     CudaKernel(
@@ -345,8 +337,6 @@ CUDA = (
         source="kd.cuh",
         probe="probe_kd.cu",
         headers=("kd.cuh", "chunk.cuh"),
-        per_thread=8,
-        least=lambda name: Least(2, 2),
         harmless=HARMLESS_CUDA_SCALE,
     ),
 )

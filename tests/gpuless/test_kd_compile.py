@@ -1,4 +1,4 @@
-"""What only kd_loss promises of its compiled Triton kernels; test_triton_compile.py has the rest."""
+"""What only kd_loss promises of its compiled kernels; test_triton_compile.py has the rest."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def test_discovery_finds_kernels_however_they_are_written(tmp_path: Path) -> Non
     (tmp_path / "k.cu").write_text(
         "// __global__ void not_this() {\n"
         "template <class T>\n__global__ void __launch_bounds__(f(T::n), 2)\n  one(T x) { }\n"
-        "extern \"C\" __global__ void two(int x)\n{ }\n"
+        'extern "C" __global__ void two(int x)\n{ }\n'
     )
     assert table.cuda_kernels(tmp_path) == {("k.cu", "one"), ("k.cu", "two")}
 

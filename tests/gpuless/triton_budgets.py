@@ -1,7 +1,7 @@
 """The budgets of the compiled Triton kernels: registers, spills, widths, bytes, instructions.
 
     python tests/gpuless/triton_budgets.py              compile all, show what moved, rewrite
-    python tests/gpuless/triton_budgets.py --check      show what moved; 1 where a budget is exceeded
+    python tests/gpuless/triton_budgets.py --check      show what moved; 1 where one is exceeded
     python tests/gpuless/triton_budgets.py --covering   rewrite the covering sets first
     python tests/gpuless/triton_budgets.py --roofline   the modelled roofline of the headlines
 
@@ -21,15 +21,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-HERE = Path(__file__).parent
-if __name__ == "__main__":  # as a program, from anywhere
-    sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[2]))  # as a program, from anywhere
 
 import covering
 import table
 import triton
 import triton_static as static
 from entries import TARGETS, Config, TritonKernel
+
+HERE = Path(__file__).parent
 
 PATH = HERE / "triton_budgets.json"
 AT_LEAST = ("width",)

@@ -102,7 +102,7 @@ def caught_by(kernels: tuple[TritonKernel, ...], module: ModuleType) -> str | No
 
 
 def looked_at(module: str) -> list[triton_faults.Fault]:
-    """The faults that a run can show; what is compiled of the others test_triton_compile.py sees."""
+    """The faults that a run can show; the others show in what is compiled."""
     path = Path(importlib.import_module(module).__file__ or "")
     return [f for f in triton_faults.faults(path) if f.kind != "alignment not told"]
 
@@ -121,7 +121,9 @@ def test_every_fault_is_found(tmp_path: Path) -> None:
         for fault_name, check in outcomes.items():
             print(f"{fault_name} -> {check or 'SURVIVES'}")
         survivors = {name for name, check in outcomes.items() if check is None}
-        assert survivors == excused, f'found none: {survivors - excused}; needless: {excused - survivors}'
+        assert survivors == excused, (
+            f"found none: {survivors - excused}; needless: {excused - survivors}"
+        )
         for kernel in kernels:  # each family has faults of these checks
             assert any(kernel.name in place for place in outcomes), kernel.name
         assert {"values", "bounds"} <= set(outcomes.values())

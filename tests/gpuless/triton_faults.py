@@ -50,8 +50,9 @@ def _changes(node: ast.AST, source: bytes) -> Iterator[tuple[str, ast.AST, str]]
             yield "store missing", call, "None"
         case ast.Attribute(value=ast.Name(id="tl"), attr="int64"):
             yield "offset of 32 bits", node, "tl.int32"
-        case ast.Call(func=ast.Attribute(value=ast.Call(func=ast.Attribute(attr="load")) as load,
-                                         attr="to")):
+        case ast.Call(
+            func=ast.Attribute(value=ast.Call(func=ast.Attribute(attr="load")) as load, attr="to")
+        ):
             yield "arithmetic in the narrow type", node, text(load)
         case ast.If(test=ast.BoolOp(op=ast.And(), values=[first, *_]) as test, body=body):
             if any("multiple_of" in text(part) for part in body):
@@ -70,7 +71,9 @@ def faults(path: Path) -> list[Fault]:
                 begin = starts[part.lineno - 1] + part.col_offset  # type: ignore[attr-defined]
                 end = starts[part.end_lineno - 1] + part.end_col_offset  # type: ignore[attr-defined]
                 code = " ".join(source[begin:end].decode().split())
-                same = [f for f in found if (f.kind, f.function, f.code) == (kind, function.name, code)]
+                same = [
+                    f for f in found if (f.kind, f.function, f.code) == (kind, function.name, code)
+                ]
                 found.append(Fault(kind, function.name, code, len(same) + 1, begin, end, instead))
     return found
 

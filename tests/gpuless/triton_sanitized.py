@@ -16,8 +16,7 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[2]))  # as a program, from anywhere
 
 import table
 import torch

@@ -92,7 +92,9 @@ def _in_ranges(at: np.ndarray) -> np.ndarray:
 
 
 def _inside(pointers: Any, mask: Any) -> None:
-    at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)].astype(np.int64)
+    at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)].astype(
+        np.int64
+    )
     good = _in_ranges(at)
     if not good.all():
         raise IndexError(f"out of bounds: {int((~good).sum())} elements outside every tensor")

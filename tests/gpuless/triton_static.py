@@ -87,7 +87,7 @@ def record(
     target: str | None = None,
     module: ModuleType | None = None,
 ) -> Launch:
-    """The launch of this kernel that the configuration leads to, in a copy of its module if given."""
+    """The launch of this kernel that the configuration leads to, maybe in a copy of its module."""
     module = module or importlib.import_module(kernel.module)
     with on(target or config["target"], module, kernel.architecture), recording(module) as launches:
         kernel.call(module, config)
