@@ -72,9 +72,11 @@ def missing(kernel: TritonKernel, chosen: list[Config]) -> set[Pair]:
 
 
 def read(kernel: TritonKernel) -> list[Config]:
-    """The committed set."""
-    stored = json.loads(PATH.read_text())[kernel.name] if PATH.exists() else {"factors": []}
-    return [dict(zip(stored["factors"], row, strict=True)) for row in stored.get("rows", [])]
+    """The committed set; empty for a kernel that is new."""
+    stored = json.loads(PATH.read_text()).get(kernel.name) if PATH.exists() else None
+    return (
+        [dict(zip(stored["factors"], row, strict=True)) for row in stored["rows"]] if stored else []
+    )
 
 
 def write(kernels: tuple[TritonKernel, ...]) -> None:
