@@ -3,7 +3,8 @@
 #   make test           check, then every test
 #   make check          lint, types, import contracts
 #   make bench          the benchmarks, with plots: bench/results/
-#   make gpu            the tests and benchmarks of a machine with a GPU
+#   make gpu            the tests and benchmarks of a machine with a GPU: bench/results/gpu-*.json
+#   make triton         every Triton kernel compiled by Triton 3.6 and 3.9 too
 # PYTHON=python3 uses the interpreter at hand: nothing is installed, the kernels build in place.
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu takes torch from the public CPU index.
 
@@ -20,10 +21,10 @@ ready: .venv/.installed build/.kernels
 build/.kernels: .venv/.installed
 endif
 
-.PHONY: ready distill test check bench gpu clean help
+.PHONY: ready distill test check bench gpu triton clean help
 
 help:
-	@sed -n '2,9s/^# *//p' Makefile
+	@sed -n '2,10s/^# *//p' Makefile
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv
@@ -54,8 +55,13 @@ bench: ready
 	$(PY) -m bench all $(ARGS)
 
 gpu: ready
-	$(PY) -m pytest -m gpu
-	$(PY) -m bench all --device cuda $(ARGS)
+	$(PY) -m bench.gpu $(ARGS)
+
+triton: ready
+	for v in 3.6.0 3.9.0; do \
+	  test -d build/triton-$$v || $(PY) -m pip install -q --no-deps --target build/triton-$$v triton==$$v || exit 1; \
+	  PYTHONPATH=build/triton-$$v $(PY) tests/gpuless/triton_budgets.py --check || exit 1; \
+	done
 
 clean:
 	rm -rf .venv build out fastdistill/*.so

@@ -88,8 +88,19 @@ def test_kd_never_synchronises_and_can_be_captured(backend):
     assert torch.equal(captured, want)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_kd_sanitized(backend, dtype):
+    """Small, for compute-sanitizer (bench/gpu.py): each kernel once, at odd widths."""
+    for classes in (10, 1001, 9001):
+        s, t = logits((3, classes), dtype).cuda(), logits((3, classes), dtype).cuda()
+        check(backend, s, t, torch.randint(classes, (3,)).cuda(), temperature=2.0)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second device")
 @pytest.mark.parametrize("backend", KERNELS)
 def test_kd_on_the_second_device(backend):
+    """While the first one is current: the launchers guard the device."""
+    assert torch.cuda.current_device() == 0
     s, t = logits((4, 300)).to("cuda:1"), logits((4, 300)).to("cuda:1")
     check(backend, s, t, torch.randint(300, (4,)).to("cuda:1"))

@@ -142,7 +142,7 @@ def test_kd_dropped_rows_are_not_looked_at(backend, weights, how, poison):
     got = run(backend, s, t, labels=y, **settings)
     for g, w in zip(got[:3], want[:3], strict=True):
         torch.testing.assert_close(g, w, rtol=1e-6, atol=0)
-    torch.testing.assert_close(got[3][keep], want[3], rtol=1e-6, atol=0)
+    torch.testing.assert_close(got[3][keep], want[3], rtol=2e-6, atol=0)
     assert (got[3][~keep] == 0).all()
 
 

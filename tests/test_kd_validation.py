@@ -82,7 +82,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda c: next(iter(c[0])))
-def test_kd_refuses(backend, case):
+def test_kd_refuses(host_backend, case):
     arguments, kind, words = case
     with pytest.raises(kind, match=words):
         fd.kd_loss(**{"student_logits": S, "teacher_logits": T, **arguments})

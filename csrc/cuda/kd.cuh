@@ -449,8 +449,9 @@ __global__ void scale_rows(const ScaleParams a) {
   for (int first = Group::rank() * kChunk - shift; first < cols; first += Group::size() * kChunk) {
     float x[kChunk];
     Chunk<E>::load(in, first, cols, aligned(in, shift)).unpack(x);
+    // A gradient of 0 stays: a dropped row has none, whatever comes from outside.
 #pragma unroll
-    for (float& value : x) value *= factor;
+    for (float& value : x) value = value == 0.f ? value : value * factor;
     Chunk<E>::rounded(x).store(out, first, cols);
   }
 }

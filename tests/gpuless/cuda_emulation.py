@@ -10,7 +10,9 @@ import contextlib
 import hashlib
 import importlib.util
 import os
+import pkgutil
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -21,11 +23,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 
-from fastdistill import _backend
-from fastdistill.kd import native_cuda, ops
+import fastdistill
+from fastdistill import _backend, _native
 
 NAME = "cuda-emulated"
 HERE = Path(__file__).parent
@@ -65,6 +68,19 @@ def _cache() -> Path:
     return path
 
 
+_BOUNDS = r"__launch_bounds__\s*\(((?:[^()]|\([^()]*\))*)\)"
+_BOUNDED = re.compile(rf"(__global__[^;{{]*?{_BOUNDS}[^;{{]*\{{)")
+
+
+def instrumented(sources: Path, folder: Path) -> Path:
+    """A copy of `sources` whose kernels check their launch bounds, line by line the same."""
+    shutil.copytree(sources, folder)
+    for path in folder.rglob("*"):
+        if path.suffix in (".cu", ".cuh", ".h", ".inl"):
+            path.write_text(_BOUNDED.sub(r"\1 cuemu::launch_bounds(\2);", path.read_text()))
+    return folder
+
+
 def compile_kernels(
     source: Path, output: Path, flags: list[str], sources: Path = SOURCES
 ) -> list[str]:
@@ -98,10 +114,11 @@ def build() -> Path:
         python = ["-I", sysconfig.get_paths()["include"], "-I", pybind11.get_include()]
         objects = []
         commands = []
-        for source in sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")]):
+        sources = instrumented(SOURCES, work / "cuda")
+        for source in sorted([*sources.glob("*.cu"), *sources.glob("*.cpp")]):
             objects.append(work / f"{source.stem}.o")
             if source.suffix == ".cu":
-                commands.append(compile_kernels(source, objects[-1], ["-c", *flags]))
+                commands.append(compile_kernels(source, objects[-1], ["-c", *flags], sources))
             else:
                 bindings = ["-O0", "-c", str(source), "-o", str(objects[-1])]
                 commands.append(["g++", *FLAGS, *python, *bindings])
@@ -118,36 +135,68 @@ def build() -> Path:
 
 
 def load(path: Path) -> ModuleType:
-    """The real launcher, on the emulated module."""
+    """The emulated module."""
     spec = importlib.util.spec_from_file_location("fastdistill_emulated._cuda", path)
     assert spec is not None and spec.loader is not None
     compiled = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(compiled)
+    return compiled
 
-    spec = importlib.util.find_spec(native_cuda.__name__)
+
+def launcher(compiled: ModuleType, name: str) -> ModuleType:
+    """A copy of a room's real launcher `name`, on the emulated module."""
+    spec = importlib.util.find_spec(name)
     assert spec is not None and spec.loader is not None
-    launcher = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(launcher)
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
 
     def launch(name: str, device: torch.device, **arguments: Any) -> None:
         getattr(compiled, name)(**arguments, stream=0)
 
-    launcher._launch = launch  # type: ignore[attr-defined]
-    return launcher
+    copy._launch = launch  # type: ignore[attr-defined]
+    return copy
+
+
+def rooms() -> dict[str, ModuleType]:
+    """room -> its `ops`, of every room with CUDA launchers."""
+    found = {}
+    for info in pkgutil.iter_modules(fastdistill.__path__, "fastdistill."):
+        if info.ispkg and importlib.util.find_spec(f"{info.name}.native_cuda"):
+            found[info.name.rpartition(".")[2]] = importlib.import_module(f"{info.name}.ops")
+    return found
 
 
 @contextlib.contextmanager
-def registered(launcher: ModuleType) -> Iterator[None]:
-    """`fastdistill.backend("cuda-emulated")` works inside, on CPU tensors."""
-    table = dict(_backend.ops()["kd_loss"])
+def as_backend(
+    name: str, like: str, launchers: dict[str, ModuleType], native: _native.Loaded | None = None
+) -> Iterator[None]:
+    """`fastdistill.backend(name)` works inside, on CPU tensors, with these launchers per room.
 
-    def refuse(case: _backend.Case) -> str | None:
-        return None if native_cuda.supports(*case.dtypes) else "element types"
+    It refuses what the real backend `like` refuses on a GPU that has what `native` says.
+    """
+    tables = {op: dict(table) for op, table in _backend.ops().items()}
+    ops = rooms()
+    for room, module in launchers.items():
+        ops[room]._modules[name] = module
+    with mock.patch.object(_native, "_CUDA", native or _native._CUDA):
+        for op, table in tables.items():
+            if like in table:
+                real = table[like]
 
-    ops._modules[NAME] = launcher
-    _backend.register("kd_loss", {**table, NAME: refuse})
-    try:
-        yield
-    finally:
-        _backend.register("kd_loss", table)
-        del ops._modules[NAME]
+                def refuse(case: _backend.Case, real: Any = real) -> str | None:
+                    return real(case._replace(device="cuda"))
+
+                _backend.register(op, {**table, name: refuse})
+        try:
+            yield
+        finally:
+            for op, table in tables.items():
+                _backend.register(op, table)
+            for room in launchers:
+                del ops[room]._modules[name]
+
+
+def registered(compiled: ModuleType) -> contextlib.AbstractContextManager[None]:
+    """`fastdistill.backend("cuda-emulated")` works inside, in every room."""
+    launchers = {room: launcher(compiled, ops.LAUNCHERS["cuda"]) for room, ops in rooms().items()}
+    return as_backend(NAME, "cuda", launchers, _native.Loaded(compiled, None))

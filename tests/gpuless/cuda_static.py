@@ -1,133 +1,136 @@
-"""What nvcc makes of the CUDA kernels: registers, spills, shared memory, width of accesses.
+"""What nvcc makes of the CUDA kernels: the same figures and budgets as of the Triton kernels.
 
-As a program: a table of all kernels for both architectures, and an error where one spills or does
-not access memory 16 bytes at a time. Runs nothing on a GPU.
+    python tests/gpuless/cuda_static.py             compile, show what moved, rewrite the budgets
+    python tests/gpuless/cuda_static.py --check     show what moved; 1 where a budget is exceeded
+
+For the probes' instances (cuemu/), one of each kind. nvcc comes from a toolkit or from PyPI
+(`pip install -e ".[sass]"`); where there is none the tests say so. Runs nothing on a GPU.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
+import json
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
-SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
+sys.path.insert(0, str(Path(__file__).parents[2]))  # as a program, from anywhere
+
+import machine_code
+import table
+import triton_budgets as budgets
+
+HERE = Path(__file__).parent
+
+PATH = HERE / "cuda_budgets.json"
 ARCHITECTURES = ("sm_80", "sm_90")
 FLAGS = ["-O3", "-std=c++17", "-ftz=true"]
 
 
-class Kernel(NamedTuple):
-    """One compiled kernel."""
-
-    architecture: str
-    name: str
-    registers: int
-    shared: int  # bytes, static
-    spills: int  # bytes
-    loads: int  # instructions of 16 bytes from global memory,
-    stores: int  # and to it
-    local: int  # accesses to local memory: spills, or an array that was indexed at run time
-
-
-def _tool(name: str) -> str | None:
-    """nvcc from the path or the usual place; cuobjdump also from the triton wheel."""
-    triton = importlib.util.find_spec("triton")
-    wheel = Path(triton.origin).parent / "backends/nvidia/bin" if triton and triton.origin else None
-    places = [os.environ.get("PATH", ""), "/usr/local/cuda/bin", str(wheel or "")]
-    return shutil.which(name, path=os.pathsep.join(filter(None, places)))
+def nvcc() -> list[str] | None:
+    """The command: of a toolkit, or of the PyPI packages, which lie in one folder."""
+    if found := machine_code.tool("nvcc"):
+        return [found]
+    spec = importlib.util.find_spec("nvidia")
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        for program in sorted(Path(root).glob("*/bin/nvcc")):
+            return [str(program)]
+    return None
 
 
 def missing() -> str | None:
     """Why the compiled code cannot be looked at here, or None."""
-    absent = [name for name in ("nvcc", "cuobjdump", "c++filt") if _tool(name) is None]
-    return f"not found: {', '.join(absent)}" if absent else None
+    absent = [x for x in ("cuobjdump", "nvdisasm", "c++filt") if machine_code.tool(x) is None]
+    absent += [] if nvcc() else ["nvcc"]
+    return f'not found: {", ".join(absent)} (pip install ".[sass]")' if absent else None
 
 
 def _short(symbol: str) -> str:
-    name = re.sub(r"\(fd::(Kd|Scale)Params\)|^void |\(fd::Divergence\)|fd::", "", symbol)
+    name = re.sub(r"\(fd::\w+Params\)|^void |\(fd::Divergence\)|fd::", "", symbol)
     return name.replace("__nv_bfloat16", "bf16").replace("__half", "f16").replace("> >", ">>")
 
 
-def compile_for(architecture: str, source: Path, folder: Path) -> list[Kernel]:
-    """Every kernel of `source`, compiled for an architecture such as "sm_90"."""
-    nvcc, cuobjdump = _tool("nvcc"), _tool("cuobjdump")
-    assert nvcc is not None and cuobjdump is not None
+def compile_for(
+    architecture: str, probe: str, folder: Path, *flags: str
+) -> dict[str, machine_code.Code]:
+    """Demangled name -> code, of every kernel of a probe."""
+    command = nvcc()
+    assert command is not None
     binary = folder / f"{architecture}.cubin"
-    command = [nvcc, *FLAGS, f"-arch={architecture}", "-cubin", "-Xptxas", "-v", "-I", str(SOURCES)]
-    compiled = subprocess.run(
-        [*command, str(source), "-o", str(binary)], check=True, capture_output=True, text=True
-    )
-    code = subprocess.run(
-        [cuobjdump, "-sass", str(binary)], check=True, capture_output=True, text=True
-    ).stdout
-    listings = dict(
-        part.split("\n", 1) for part in re.split(r"^\s*Function : ", code, flags=re.MULTILINE)[1:]
-    )
-    used = re.findall(
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
-        r".*?Used (\d+) registers([^\n]*)",
-        compiled.stderr,
-        re.DOTALL,
-    )
+    command += [*FLAGS, *flags, f"-arch={architecture}", "-cubin", "-I", str(table.CSRC)]
+    source = HERE / "cuemu" / probe
+    subprocess.run([*command, str(source), "-o", str(binary)], check=True, capture_output=True)
+    found = machine_code.sass(binary)
     names = subprocess.run(
-        ["c++filt"], input="\n".join(u[0] for u in used), capture_output=True, text=True, check=True
+        ["c++filt"], input="\n".join(found), capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    kernels = []
-    for (symbol, stores, loads, registers, rest), name in zip(used, names, strict=True):
-        shared = re.search(r"(\d+) bytes smem", rest)
-        listing = listings[symbol]
-        kernels.append(
-            Kernel(
-                architecture,
-                _short(name),
-                int(registers),
-                int(shared.group(1)) if shared else 0,
-                int(stores) + int(loads),
-                len(re.findall(r"\bLDG\.E\.128", listing)),
-                len(re.findall(r"\bSTG\.E\.128", listing)),
-                len(re.findall(r"\b(?:LDL|STL)\b", listing)),
-            )
-        )
-    return sorted(kernels, key=lambda kernel: kernel.name)
+    return {_short(name): code for name, code in zip(names, found.values(), strict=True)}
 
 
-def complaints(kernel: Kernel) -> list[str]:
-    """What is wrong with a kernel's code."""
-    who = f"{kernel.architecture} {kernel.name}"
-    found = []
-    if kernel.spills or kernel.local:
-        found.append(f"{who}: {kernel.spills} bytes spilled, {kernel.local} local accesses")
-    if not kernel.loads or not kernel.stores:
-        found.append(f"{who}: no loads or no stores of 16 bytes")
-    if "InRegisters" not in kernel.name and kernel.registers > 64:
-        found.append(f"{who}: {kernel.registers} registers, over 64: no block of 1024 threads")
+def figures(code: machine_code.Code) -> dict[str, float]:
+    """What is budgeted: as of Triton's kernels, but for what needs the elements of a tile."""
+    wide = max((w for _, w in code.everything.accesses), default=0)
+    return {
+        "registers": code.registers,
+        "stack": code.stack,
+        "spills": code.spills,
+        "shared": code.shared,
+        "width": wide,
+        **{f"mix.{kind}": n for kind, n in sorted(code.everything.mix.items())},
+    }
+
+
+def everything() -> budgets.Budgets:
+    """architecture -> kernel -> figures."""
+    found: budgets.Budgets = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for probe in dict.fromkeys(k.probe for k in table.CUDA):
+            for architecture in ARCHITECTURES:
+                rows = found.setdefault(architecture, {})
+                for name, code in compile_for(architecture, probe, Path(folder)).items():
+                    rows[name] = figures(code)
     return found
 
 
-def main() -> int:
-    """Print the table; 1 where there is a complaint."""
+def version() -> str:
+    """Of nvcc: each has its own compiler."""
+    command = nvcc()
+    assert command is not None
+    text = subprocess.run(
+        [*command, "--version"], capture_output=True, text=True, check=True
+    ).stdout
+    found = re.search(r"release (\S+),", text)
+    assert found, text
+    return found[1]
+
+
+def read() -> budgets.Budgets | None:
+    return json.loads(PATH.read_text()).get(version()) if PATH.exists() else None
+
+
+def main(arguments: list[str]) -> int:
     reason = missing()
     if reason is not None:
         print(reason, file=sys.stderr)
         return 2
-    found = []
-    with tempfile.TemporaryDirectory() as folder:
-        for architecture in ARCHITECTURES:
-            for kernel in compile_for(architecture, SOURCES / "kd.cu", Path(folder)):
-                print(
-                    f"{kernel.architecture}  {kernel.registers:3} registers"
-                    f"  {kernel.spills} spilled  {kernel.shared:4} shared  {kernel.loads:2} LDG.128"
-                    f"  {kernel.stores:2} STG.128  {kernel.name}"
-                )
-                found += complaints(kernel)
-    print("\n".join(found), file=sys.stderr)
-    return 1 if found else 0
+    old, found, worse = read() or {}, everything(), 0
+    for architecture, rows in found.items():
+        for name, now in rows.items():
+            before = old.get(architecture, {}).get(name)
+            over = budgets.exceeded(before, now) if before else {}
+            worse += bool(over) or before is None
+            print(f"{architecture} {name}: {now['registers']} registers{'' if before else ', new'}")
+            for figure, (a, b) in budgets.moved(before or now, now).items():
+                print(f"  {'OVER ' if figure in over else 'moved'} {figure} {a} -> {b}")
+    if "--check" in arguments:
+        return int(worse > 0)
+    stored = json.loads(PATH.read_text()) if PATH.exists() else {}
+    PATH.write_text(json.dumps({**stored, version(): found}, indent=1, sort_keys=True) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

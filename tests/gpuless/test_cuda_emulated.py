@@ -35,12 +35,12 @@ EPS = 2.0**-23
 
 
 @pytest.fixture(scope="module")
-def launcher() -> ModuleType:
-    return emulation.load(emulation.build())
+def launcher(emulated_cuda: ModuleType) -> ModuleType:
+    return emulation.launcher(emulated_cuda, native_cuda.__name__)
 
 
 @pytest.fixture(autouse=True)
-def emulated(launcher: ModuleType) -> Iterator[None]:
+def emulated(emulated_cuda: ModuleType) -> Iterator[None]:
     deterministic: Any = torch.utils.deterministic
     filled = deterministic.fill_uninitialized_memory
     before = torch.are_deterministic_algorithms_enabled()
@@ -49,7 +49,7 @@ def emulated(launcher: ModuleType) -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # small tensors: more threads only wait for each other
     torch.manual_seed(0)
-    with emulation.registered(launcher):
+    with emulation.registered(emulated_cuda):
         yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(before)

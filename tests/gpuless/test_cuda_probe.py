@@ -1,129 +1,77 @@
-"""The CUDA C++ kernels under sanitizers, faults put into them on purpose, and their machine code.
+"""The CUDA C++ kernels under sanitizers, with faults put into them, and the SIMT header's own test.
 
-`cuemu/probe.cu` runs one kernel of each kind on small rows. It has to be clean under
-AddressSanitizer and UndefinedBehaviorSanitizer, and under ThreadSanitizer with a thread per CUDA
-thread. Each fault has to be found, or these checks prove nothing.
+A probe runs every kind of kernel of a room on small rows. It has to be clean under
+AddressSanitizer and UndefinedBehaviorSanitizer, in both orders of threads, and under
+ThreadSanitizer with a thread per CUDA thread; and each fault that cuda_faults.py can make in the
+kernels has to be found, or these checks prove nothing.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cuda_emulation as emulation
-import cuda_static as static
+import cuda_faults as faults
 import pytest
 
-needs_host_build = pytest.mark.skipif(
-    emulation.missing() is not None, reason=str(emulation.missing())
-)
+pytestmark = pytest.mark.skipif(emulation.missing() is not None, reason=str(emulation.missing()))
 
-PROBE = emulation.EMULATOR / "probe.cu"
-MEMORY = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-RACES = ["-O0", "-fsanitize=thread", "-DCUEMU_THREADS", "-pthread"]
-
-FAULTS = {
-    # name: (file, what stands there, what takes its place, a word of the report)
-    "no barrier": (
-        "group.cuh", "__syncthreads();", "", "probe: "
-    ),
-    "part of a barrier": (
-        "group.cuh", "__syncthreads();", "if (threadIdx.x < 32) __syncthreads();", "cuemu: "
-    ),
-    "lanes beyond the last warp": (
-        "group.cuh", "slots[threadIdx.x % warps]", "slots[Warp::rank()]", "probe: "
-    ),
-    "one slot too few": (
-        "group.cuh", "FD_SHARED(V, slots, kMaxThreads / kWarp)", "FD_SHARED(V, slots, 1)",
-        "heap-buffer-overflow",
-    ),
-    "a vector over the end of a row": (
-        "chunk.cuh", "if (aligned && first >= 0 && first + kChunk <= cols)",
-        "if (aligned && first >= 0 && first < cols)", "heap-buffer-overflow",
-    ),
-    "an element over the end of a row": (
-        "chunk.cuh", "first + i < cols) row", "first + i <= cols) row", "heap-buffer-overflow"
-    ),
-    "a vector off its boundary": (
-        "chunk.cuh", "shift * sizeof(E)) % sizeof(uint4) == 0",
-        "shift * sizeof(E)) % sizeof(E) == 0", "misaligned address",
-    ),
-    "a kept row too short": (
-        "kd.cuh", "uint4* to = cache + j;", "uint4* to = cache + j + kWarp;",
-        "heap-buffer-overflow",
-    ),
-    "a maximum of nothing": (
-        "kd.cuh", "kLowest = -3.402823466e38f", "kLowest = -INFINITY", "probe: "
-    ),
-}  # fmt: skip
+PROBES = faults.probes()
+CLUSTER = "probe_cluster.cu"
 
 
-def build(folder: Path, flags: list[str], sources: Path = emulation.SOURCES) -> Path:
-    program = folder / "probe"
-    command = emulation.compile_kernels(PROBE, program, flags, sources)
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    return program
+@pytest.mark.parametrize("probe", [*PROBES, CLUSTER])
+def test_memory_and_undefined_behaviour(probe: str, tmp_path: Path) -> None:
+    sources = emulation.instrumented(emulation.SOURCES, tmp_path / "cuda")
+    program = faults.build(probe, faults.MEMORY, sources, tmp_path / "probe")
+    assert faults.run(program) == faults.run(program, CUEMU_REVERSE="1") == ""
 
 
-def run(program: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [program], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+@pytest.mark.parametrize("probe", [*PROBES, CLUSTER])
+def test_races(probe: str, tmp_path: Path) -> None:
+    sources = emulation.instrumented(emulation.SOURCES, tmp_path / "cuda")
+    program = faults.build(probe, faults.RACES, sources, tmp_path / "probe")
+    assert faults.run(program) == ""
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_every_fault_is_found(probe: str, tmp_path: Path) -> None:
+    outcomes = faults.hunt(probe, PROBES[probe], tmp_path)
+    excused = faults.harmless(probe)
+    survivors = {str(o.fault) for o in outcomes if not o.caught}
+    assert not survivors - excused.keys(), survivors - excused.keys()
+    assert not excused.keys() - survivors, "excused, but found or not there"
+    caught = set().union(*(o.caught for o in outcomes))
+    barriers = any(o.fault.kind == "barrier removed" for o in outcomes)
+    expected = {"values", "addresses", "undefined behaviour"}
+    expected |= {"barriers", "races"} if barriers else set()
+    assert expected <= caught, f"no fault was there for {expected - caught}"
+    for outcome in outcomes:
+        if outcome.fault.kind == "barrier removed":
+            assert outcome.race == "races", outcome
+
+
+def test_clusters_and_launch_bounds_are_modelled(tmp_path: Path) -> None:
+    """Faults in the header's own cluster kernel, each found by the check that is meant to."""
+    sources = emulation.instrumented(emulation.SOURCES, tmp_path / "cuda")
+    (tmp_path / "faulty").mkdir()
+    probes = emulation.instrumented(emulation.EMULATOR, tmp_path / "faulty" / "cuemu")
+    made = {str(f): f.number for f in faults.put_in(probes, (CLUSTER,))}
+    program = tmp_path / "probe"
+    subprocess.run(
+        emulation.compile_kernels(probes / CLUSTER, program, faults.MEMORY, sources), check=True
     )
 
+    def reports(fault: str) -> str:
+        chosen = {"CUEMU_FAULT": str(made[fault])}
+        found = [faults.run(program, **chosen, **e) for e in ({}, {"CUEMU_REVERSE": "1"})]
+        return "".join(found)
 
-@needs_host_build
-def test_memory_and_undefined_behaviour(tmp_path: Path) -> None:
-    program = build(tmp_path, MEMORY)
-    for environment in ({}, {"CUEMU_REVERSE": "1"}):
-        result = run(program, **environment)
-        assert result.returncode == 0 and not result.stderr, result.stderr
-
-
-@needs_host_build
-def test_races(tmp_path: Path) -> None:
-    result = run(build(tmp_path, RACES))
-    assert result.returncode == 0 and not result.stderr, result.stderr
-
-
-def put_in(fault: str, folder: Path) -> Path:
-    """A copy of the kernels with that fault."""
-    name, before, after, _ = FAULTS[fault]
-    sources = folder / "csrc"
-    shutil.copytree(emulation.SOURCES, sources)
-    text = (sources / name).read_text()
-    assert text.count(before) == 1, (fault, text.count(before))
-    (sources / name).write_text(text.replace(before, after))
-    return sources
-
-
-@needs_host_build
-def test_faults_are_found(tmp_path: Path) -> None:
-    def report(fault: str) -> str:
-        folder = tmp_path / fault.replace(" ", "-")
-        folder.mkdir()
-        result = run(build(folder, MEMORY, put_in(fault, folder)))
-        return result.stderr if result.returncode != 0 else ""
-
-    with ThreadPoolExecutor(2) as pool:
-        reports = dict(zip(FAULTS, pool.map(report, FAULTS), strict=True))
-    missed = {f: r[:300] for f, r in reports.items() if FAULTS[f][3] not in r}
-    assert not missed, missed
-
-
-@needs_host_build
-def test_a_race_is_found(tmp_path: Path) -> None:
-    result = run(build(tmp_path, RACES, put_in("no barrier", tmp_path)))
-    assert "ThreadSanitizer: data race" in result.stderr
-
-
-@pytest.mark.skipif(static.missing() is not None, reason=str(static.missing()))
-@pytest.mark.parametrize("architecture", static.ARCHITECTURES)
-def test_machine_code(architecture: str, tmp_path: Path) -> None:
-    """For the probe's kernels; `python tests/gpuless/cuda_static.py` looks at all of them."""
-    kernels = static.compile_for(architecture, PROBE, tmp_path)
-    assert len(kernels) == 6
-    complaints = [c for kernel in kernels for c in static.complaints(kernel)]
-    assert not complaints, complaints
+    sync = f"barrier removed: {CLUSTER}: cluster.sync();"
+    assert "probe: sum of a cluster" in reports(sync)
+    assert "shared memory of a block that has returned" in reports(f"{sync} (#2)")
+    stale = f"stale shared memory: {CLUSTER}: if (threadIdx.x == 0) part[0] = sum;"
+    assert "probe: " in reports(stale)
+    assert "cuemu: " in reports(f"barrier for one warp: {CLUSTER}: cluster.sync();")
+    assert "more threads than the kernel's __launch_bounds__" in faults.run(program, "128")

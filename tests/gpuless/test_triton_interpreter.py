@@ -1,4 +1,4 @@
-"""Runs triton_interpreted.py in a process of its own: @triton.jit fixes the mode when it runs."""
+"""Runs what needs the interpreter in processes of their own: @triton.jit fixes the mode early."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import pytest
 pytest.importorskip("triton")
 
 
-def test_triton_under_the_interpreter() -> None:
-    inner = Path(__file__).with_name("triton_interpreted.py")
+@pytest.mark.parametrize("file", ["triton_checked.py", "triton_interpreted.py"])
+def test_triton_under_the_interpreter(file: str) -> None:
+    inner = Path(__file__).with_name(file)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(inner)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     root = inner.parents[2]

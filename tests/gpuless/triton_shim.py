@@ -3,6 +3,8 @@
 - bfloat16 is held as raw uint16. Casts to it truncate, where the hardware rounds to nearest even,
   and arithmetic on it is done on the raw bits: here casts round, and arithmetic raises.
 - `tl.maximum` and `tl.minimum` propagate NaN there; on a GPU they drop it unless told otherwise.
+- An access outside every tensor of the launch is silent there, and so is a false promise of
+  alignment (`tl.multiple_of`): both raise.
 - Each call of one jit function by another patches all of triton.language again, though the launch
   has done so: 3/4 of the time of a kernel made of functions.
 
@@ -37,6 +39,9 @@ def _is_bfloat16(*handles: Any) -> bool:
 
 _original = {name: getattr(InterpreterBuilder, name) for name in ("cast_impl", "create_fp_to_fp")}
 _original |= {name: getattr(InterpreterBuilder, name) for name in ("binary_op", "unary_op")}
+_accesses = ("create_masked_load", "create_masked_store")
+_original |= {name: getattr(InterpreterBuilder, name) for name in _accesses}
+_original_run = interpreter.InterpretedFunction.run
 
 
 def _cast(self: Any, source: Any, target: Any) -> Any:
@@ -66,6 +71,63 @@ def _unary(self: Any, argument: Any, op: Any) -> Any:
     return _original["unary_op"](self, argument, op)
 
 
+_ranges: list[tuple[int, int]] = []
+"""First address and end of each tensor of the launch."""
+
+
+def _run(self: Any, *args: Any, **kwargs: Any) -> Any:
+    tensors = [x for x in (*args, *kwargs.values()) if hasattr(x, "data_ptr") and x.numel()]
+    _ranges[:] = []
+    for x in tensors:
+        last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+        _ranges.append((x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()))
+    return _original_run(self, *args, **kwargs)
+
+
+def _in_ranges(at: np.ndarray) -> np.ndarray:
+    good = np.zeros(at.shape, bool)
+    for begin, end in _ranges:
+        good |= (at >= begin) & (at < end)
+    return good
+
+
+def _inside(pointers: Any, mask: Any) -> None:
+    at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)].astype(
+        np.int64
+    )
+    good = _in_ranges(at)
+    if not good.all():
+        raise IndexError(f"out of bounds: {int((~good).sum())} elements outside every tensor")
+
+
+def _masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    _inside(pointers, mask)
+    return _original["create_masked_load"](self, pointers, mask, *rest)
+
+
+def _masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    _inside(pointers, mask)
+    return _original["create_masked_store"](self, pointers, value, mask, *rest)
+
+
+def _promise(self: Any, key: str, value: Any) -> None:
+    """A hint on pointers into a tensor has to hold at the start of each run of neighbours.
+
+    Rows after the last one point beyond it, and nothing is read there.
+    """
+    if key == "tt.divisibility" and isinstance(self.dtype.scalar, tl.pointer_type):
+        at = np.atleast_1d(self.data).astype(np.int64)
+        width = self.dtype.scalar.element_ty.primitive_bitwidth // 8
+        begins = np.concatenate(
+            [np.ones_like(at[..., :1], bool), np.diff(at, axis=-1) != width], axis=-1
+        )
+        begins &= _in_ranges(at)
+        divisor = int(np.atleast_1d(value)[-1])
+        if (at[begins] % divisor).any():
+            raise ValueError(f"false alignment: pointers that are no multiples of {divisor}")
+    self.attr[key] = value
+
+
 _patched_modules: set[int] = set()
 
 
@@ -80,6 +142,10 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
 def install() -> None:
     """Patch the interpreter."""
     interpreter.InterpretedFunction.__call__ = _call
+    interpreter.InterpretedFunction.run = _run
+    InterpreterBuilder.create_masked_load = _masked_load
+    InterpreterBuilder.create_masked_store = _masked_store
+    TensorHandle.set_attr = _promise
     InterpreterBuilder.cast_impl = _cast
     InterpreterBuilder.create_fp_to_fp = _float_to_float
     InterpreterBuilder.binary_op = _binary

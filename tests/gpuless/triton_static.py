@@ -1,23 +1,24 @@
 """What a Triton launch compiles to, found without a GPU.
 
-`launches` runs a launcher on CPU tensors with its kernels replaced by recorders, so that what is
+`recording` runs a launcher on CPU tensors with its kernels replaced by recorders, so that what is
 compiled is what would be launched; `compile_launch` compiles it ahead of time for a target, and
-`report` reads registers, spills and the width of every memory access from the machine code.
+`measure` reads the machine code.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import re
-import subprocess
+import importlib
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
+import machine_code
 import triton
+from entries import Config, TritonKernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -27,8 +28,10 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+ARCHITECTURES = {"sm_80": "sm_8", "sm_90": "sm_9", "sm_100": "sm_10", "gfx942": "gfx9"}
+"""target -> what a launcher calls it."""
 
-OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion", "maxnreg"}
+OPTIONS = {"num_warps", "num_stages", "num_ctas", "enable_fp_fusion", "maxnreg"}
 
 
 class Launch(NamedTuple):
@@ -40,18 +43,8 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-class Report(NamedTuple):
-    """What one compiled kernel uses. Widths are in bytes, counts in instructions."""
-
-    registers: int
-    spills: int  # spilled registers, or accesses to thread-local memory
-    shared: int
-    accesses: Counter[tuple[str, int]]  # ("load" | "store", width) -> count, in all the code
-    loops: list[Counter[tuple[str, int]]]  # the same of each innermost loop that has any
-
-
 @contextlib.contextmanager
-def recording(module: Any) -> Iterator[list[Launch]]:
+def recording(module: ModuleType) -> Iterator[list[Launch]]:
     """Replace every kernel of `module` by one that records its launches and runs nothing."""
     recorded: list[Launch] = []
 
@@ -68,12 +61,42 @@ def recording(module: Any) -> Iterator[list[Launch]]:
 
             return launch
 
-    kernels = {name: k for name, k in vars(module).items() if name.endswith("_kernel")}
-    with mock.patch.multiple(module, **{name: Recorder(k) for name, k in kernels.items()}):
+    kernels = {n: k for n, k in vars(module).items() if isinstance(k, triton.JITFunction)}
+    with mock.patch.multiple(module, **{n: Recorder(k) for n, k in kernels.items()}):
         yield recorded
 
 
-def compile_launch(launch: Launch, target: GPUTarget) -> Any:
+@contextlib.contextmanager
+def on(target: str, module: ModuleType, name: str) -> Iterator[None]:
+    """The launchers of `module` see the configurations of `target`."""
+
+    def forget() -> None:
+        for value in vars(module).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
+
+    forget()
+    with mock.patch.object(module, name, lambda *_: ARCHITECTURES[target]):
+        yield
+    forget()
+
+
+def record(
+    kernel: TritonKernel,
+    config: Config,
+    target: str | None = None,
+    module: ModuleType | None = None,
+) -> Launch:
+    """The launch of this kernel that the configuration leads to, maybe in a copy of its module."""
+    module = module or importlib.import_module(kernel.module)
+    with on(target or config["target"], module, kernel.architecture), recording(module) as launches:
+        kernel.call(module, config)
+    found = [x for x in launches if x.kernel.__name__ == kernel.name]
+    assert found, f"{config} launches {[x.kernel.__name__ for x in launches]}, not {kernel.name}"
+    return found[0]
+
+
+def compile_launch(launch: Launch, target: str) -> Any:
     """Compile a recorded launch as the just-in-time compiler would, for `target`."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -89,86 +112,75 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
             signature[name] = triton.runtime.jit.mangle_type(value)
             if value.data_ptr() % 16 == 0:
                 aligned[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
-            assert parameter.do_not_specialize, f"{name}: its value would select a kernel"
             signature[name] = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
+            if not parameter.do_not_specialize and value == 1:
+                signature[name], constants[name] = "constexpr", 1
+            elif not parameter.do_not_specialize and value % 16 == 0:
+                aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, aligned)
-    return triton.compile(source, target=target, options=launch.options)
+    return triton.compile(source, target=TARGETS[target], options=launch.options)
 
 
-def report(compiled: Any) -> Report:
-    """Read the machine code."""
-    if "cubin" in compiled.asm:
-        return _report_cubin(compiled.asm["cubin"])
-    return _report_amdgcn(compiled.asm["amdgcn"])
-
-
-def _tool(name: str, *args: str) -> str:
-    path = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
-    return subprocess.run([path, *args], capture_output=True, text=True, check=True).stdout
-
-
-_SASS_WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
-
-
-def _report_cubin(cubin: bytes) -> Report:
+def read(compiled: Any) -> machine_code.Code:
+    """The machine code of a compiled kernel."""
+    if "cubin" not in compiled.asm:
+        return machine_code.amdgcn(compiled.asm["amdgcn"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _tool("nvdisasm", "-c", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    assert found, usage
-    registers, stack, shared, local = map(int, found.groups())
-    instructions: list[tuple[str, int] | None] = []
-    labels: dict[str, int] = {}
-    branches: list[tuple[int, str]] = []
-    spills = stack + local
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_x_\w+):", line):
-            labels[label[1]] = len(instructions)
-        elif code := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
-            name, *modifiers = code[1].split(".")
-            access = {"LDG": "load", "STG": "store"}.get(name)
-            spills += name in ("LDL", "STL")
-            if name == "BRA" and (to := re.search(r"\((\.L_x_\w+)\)", code[2])):
-                branches.append((len(instructions), to[1]))
-            width = next((_SASS_WIDTHS[m] for m in modifiers if m in _SASS_WIDTHS), 4)
-            instructions.append((access, width) if access else None)
-    # A loop is what lies between a label and a later branch to it; only innermost ones count.
-    spans = {(labels[to], at) for at, to in branches if labels.get(to, at) < at}
-    inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-    loops = [Counter(filter(None, instructions[a : b + 1])) for a, b in sorted(inner)]
-    accesses = Counter(filter(None, instructions))
-    return Report(registers, spills, shared, accesses, [x for x in loops if x])
+        (code,) = machine_code.sass(file.name).values()
+        return code
 
 
-_AMD_WIDTHS = {"ubyte": 1, "byte": 1, "ushort": 2, "short": 2, "dword": 4, "dwordx2": 8}
-_AMD_WIDTHS |= {"dwordx3": 12, "dwordx4": 16}
+class Cost(NamedTuple):
+    """What a kernel does for each element of its tile, all its passes together."""
+
+    load: float  # bytes; of a kernel without loops also the ends and the row's own values
+    store: float
+    wide_load: float  # the part of it that is read 16 bytes at a time
+    wide_store: float
+    ex2: float  # exponentials
+    instructions: float
 
 
-def _report_amdgcn(text: str) -> Report:
-    def field(name: str) -> int:
-        found = re.search(rf"\.{name}:\s+(\d+)", text)
-        assert found, name
-        return int(found[1])
+def passes(code: machine_code.Code) -> list[machine_code.Loop]:
+    """The loops that read, or all the code where there is none."""
+    loops = [x for x in code.loops if any(kind == "load" for kind, _ in x.accesses)]
+    return loops or [code.everything]
 
-    # The blocks of a loop may lie anywhere; the compiler's comments say which loop each is in.
-    headers = set(re.findall(r"Header=(BB\w+)", text))
-    headers |= set(re.findall(r"\.L(BB\w+):.*Loop Header", text))
-    accesses: Counter[tuple[str, int]] = Counter()
-    loops: dict[str, Counter[tuple[str, int]]] = {name: Counter() for name in sorted(headers)}
-    loop = None
-    for line in text.splitlines():
-        if block := re.match(r"(?:\.L(BB\w+):|; %bb\.\d+:)", line):
-            within = re.search(r"Header=(BB\w+)", line)
-            loop = within[1] if within else block[1] if block[1] in headers else None
-        elif code := re.match(r"\s+(?:buffer|global|flat)_(load|store)_(\w+)", line):
-            width = _AMD_WIDTHS[code[2].removesuffix("_hi").removesuffix("_d16")]
-            accesses[code[1], width] += 1
-            if loop:
-                loops[loop][code[1], width] += 1
-    # Scalar registers spill into lanes of vector registers, not to memory.
-    spills = field("vgpr_spill_count") + field("private_segment_fixed_size")
-    shared = field("group_segment_fixed_size")
-    return Report(field("vgpr_count"), spills, shared, accesses, [x for x in loops.values() if x])
+
+def unrolled(code: machine_code.Code, compiled: Any) -> float:
+    """How often ptxas has unrolled the loops; 1 for other compilers."""
+    if "ptx" not in compiled.asm:
+        return 1.0
+    moved = sum(w * n for p in passes(code) for (_, w), n in p.accesses.items())
+    return max(moved / machine_code.ptx_bytes(compiled.asm["ptx"]), 1.0)
+
+
+def cost(
+    kernel: TritonKernel, launch: Launch, compiled: Any, code: machine_code.Code, target: str
+) -> Cost:
+    """From the counts of the loops. Modelled: nothing is run."""
+    threads = launch.options.get("num_warps", 4) * TARGETS[target].warp_size
+    share = threads / kernel.tile(launch.arguments) / unrolled(code, compiled)
+    parts = passes(code)
+
+    def moved(kind: str, least: int) -> float:
+        counts = sum((p.accesses for p in parts), start=Counter())
+        return sum(w * n for (k, w), n in counts.items() if k == kind and w >= least) * share
+
+    return Cost(
+        moved("load", 1), moved("store", 1), moved("load", 16), moved("store", 16),
+        sum(p.mix["ex2"] for p in parts) * share,
+        sum(sum(p.mix.values()) for p in parts) * share,
+    )  # fmt: skip
+
+
+def narrowest(code: machine_code.Code) -> int:
+    """Bytes of the narrowest access in a loop; without loops, of the widest access there is."""
+    if code.loops:
+        return min((w for x in code.loops for _, w in x.accesses), default=0)
+    return max((w for _, w in code.everything.accesses), default=0)

@@ -1,9 +1,10 @@
 // Runs a .cu file as host C++: g++ -x c++ -std=c++17 -include cuemu.h -I<this directory> kernel.cu
 //
-// Of CUDA's execution model it keeps what a program can be wrong about: blocks run one after the
-// other; the threads of a block run as fibers, from one barrier or warp collective to the next, so
-// that a missing barrier shows as a value not yet written; shared memory starts as NaN in every
-// block; a barrier or a collective that some threads never reach is reported, not waited for.
+// Of CUDA's execution model it keeps what a program can be wrong about: clusters (of one block where
+// the launch asks for none) run one after the other; the threads of a cluster run as fibers, from
+// one barrier or warp collective to the next, so that a missing barrier shows as a value not yet
+// written; shared memory starts as NaN in every block; a barrier or a collective that some threads
+// never reach is reported, not waited for, and so is shared memory of a block that has returned.
 // (Real GPUs interleave more finely: build with CUEMU_THREADS, one std::thread per CUDA thread,
 // under ThreadSanitizer for that.) Under AddressSanitizer both kinds of shared memory end where the
 // kernel says they do.
@@ -11,7 +12,11 @@
 // Environment: CUEMU_REVERSE runs the threads of a block from the last to the first;
 // CUEMU_SHARED_LIMIT is the shared memory that a block may ask for (default: sm_90's).
 //
-// Not modelled: time, ordering between blocks, anything asynchronous, tensor cores.
+// Clusters: cudaLaunchAttributeClusterDimension, and cooperative_groups' this_cluster() (sync,
+// block_rank, num_blocks, map_shared_rank). cuda_emulation.py puts a call of launch_bounds() into
+// each kernel that has __launch_bounds__: a launch with more threads is reported.
+//
+// Not modelled: time, ordering between clusters, anything asynchronous, tensor cores.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -51,11 +56,10 @@
 #define __launch_bounds__(...)
 
 inline dim3 gridDim, blockDim;
-inline uint3 blockIdx;
 #ifdef CUEMU_THREADS
-inline thread_local uint3 threadIdx;
+inline thread_local uint3 threadIdx, blockIdx;
 #else
-inline uint3 threadIdx;  // of the fiber that runs
+inline uint3 threadIdx, blockIdx;  // of the fiber that runs
 #endif
 
 namespace cuemu {
@@ -63,7 +67,7 @@ namespace cuemu {
 constexpr unsigned kWarp = 32;
 constexpr size_t kStack = 256 * 1024;
 
-enum class State { ready, at_barrier, in_collective, done };
+enum class State { ready, at_barrier, in_collective, at_cluster_barrier, done };
 
 struct Warp {  // one collective at a time: the lanes leave a value each, the last one opens it
   std::mutex mutex;
@@ -83,20 +87,34 @@ struct FreeDeleter {
   void operator()(void* p) const { free(p); }
 };
 
-// One kernel launch, at one of its blocks.
-struct Launch {
-  unsigned count = 0;  // threads of a block
-  std::function<void()> kernel;
-  std::vector<Thread> threads;
-  std::unique_ptr<Warp[]> warps;
+struct Shared {  // the memory of one declaration, in one block
+  std::unique_ptr<char, FreeDeleter> memory;
+  size_t bytes = 0;
+};
 
-  std::mutex mutex;  // of the three counts
+struct Barrier {
+  unsigned waiting = 0, generation = 0;
   std::condition_variable opened;
-  unsigned alive = 0, waiting = 0, generation = 0;
+};
 
+struct Block {
+  unsigned alive = 0;
+  Barrier barrier;
+  std::unique_ptr<Warp[]> warps;
   std::mutex shared_mutex;
-  std::map<const void*, std::unique_ptr<void, FreeDeleter>> shared;  // declaration -> memory
-  std::unique_ptr<void, FreeDeleter> dynamic;
+  std::map<const void*, Shared> shared;  // declaration -> memory
+};
+
+// One kernel launch, at one of its clusters.
+struct Launch {
+  unsigned count = 0, cluster = 1;  // threads of a block, blocks of a cluster
+  size_t dynamic_bytes = 0;
+  unsigned first = 0;  // the cluster's first block
+  std::function<void()> kernel;
+  std::vector<Thread> threads;  // of all the cluster
+  std::unique_ptr<Block[]> blocks;
+  std::mutex mutex;  // of the barriers and of who is alive
+  Barrier barrier;   // of the cluster
 
   void* scheduler = nullptr;  // where the fibers return to
   void* scheduler_sanitizer = nullptr;
@@ -106,12 +124,27 @@ struct Launch {
 
 inline Launch* launch_now = nullptr;
 
-inline unsigned self() { return threadIdx.x; }
+inline unsigned rank() { return blockIdx.x - launch_now->first; }  // of the block in its cluster
+inline unsigned self() { return rank() * launch_now->count + threadIdx.x; }
+inline Block& block_now() { return launch_now->blocks[rank()]; }
 
 [[noreturn]] inline void fail(const char* what) {
-  fprintf(stderr, "cuemu: block %u, thread %u: %s\n", blockIdx.x, self(), what);
+  fprintf(stderr, "cuemu: block %u, thread %u: %s\n", blockIdx.x, threadIdx.x, what);
   fflush(stderr);
   _Exit(86);
+}
+
+// Whether the fault number `n`, of those that cuda_faults.py has put into a copy of the kernels, is
+// to be made in this run.
+inline bool fault(int n) {
+  static const char* const text = getenv("CUEMU_FAULT");
+  static const int chosen = text == nullptr ? -1 : atoi(text);
+  return n == chosen;
+}
+
+template <class I>
+I narrow(int n, I offset) {
+  return fault(n) ? static_cast<I>(static_cast<int32_t>(offset)) : offset;
 }
 
 // ---- Waiting ------------------------------------------------------------------------------------
@@ -189,31 +222,60 @@ inline void wake(unsigned begin, unsigned end, State state) {
 
 // ---- Barriers and collectives -------------------------------------------------------------------
 
-inline void sync_block() {
-  Launch& l = *launch_now;
-  std::unique_lock<std::mutex> lock(l.mutex);
-  if (l.alive != l.count) fail("__syncthreads after a thread of the block has returned");
-  const unsigned generation = l.generation;
-  if (++l.waiting == l.count) {
-    l.waiting = 0;
-    l.generation++;
+// The threads `begin` to `end` of the cluster meet at `barrier`; `alive` of them still run.
+inline void sync(Barrier& barrier, unsigned begin, unsigned end, unsigned alive, State state,
+                 std::unique_lock<std::mutex>& lock) {
+  if (alive != end - begin) fail("a barrier after a thread that should meet there has returned");
+  const unsigned generation = barrier.generation;
+  if (++barrier.waiting == end - begin) {
+    barrier.waiting = 0;
+    barrier.generation++;
 #ifdef CUEMU_THREADS
-    l.opened.notify_all();
+    barrier.opened.notify_all();
+    (void)state;
 #else
-    wake(0, l.count, State::at_barrier);
+    wake(begin, end, state);
 #endif
     return;
   }
-  wait(State::at_barrier, lock, l.opened, [&] { return l.generation != generation; });
+  wait(state, lock, barrier.opened, [&] { return barrier.generation != generation; });
+}
+
+inline void sync_block() {
+  Launch& l = *launch_now;
+  Block& block = block_now();
+  std::unique_lock<std::mutex> lock(l.mutex);
+  const unsigned begin = rank() * l.count;
+  sync(block.barrier, begin, begin + l.count, block.alive, State::at_barrier, lock);
+}
+
+inline unsigned alive() {
+  unsigned sum = 0;
+  for (unsigned i = 0; i < launch_now->cluster; i++) sum += launch_now->blocks[i].alive;
+  return sum;
+}
+
+inline void sync_cluster() {
+  Launch& l = *launch_now;
+  std::unique_lock<std::mutex> lock(l.mutex);
+  sync(l.barrier, 0, l.count * l.cluster, alive(), State::at_cluster_barrier, lock);
+}
+
+// The calling thread ends.
+inline void leave() {
+  block_now().alive--;
+  if (block_now().barrier.waiting != 0 || launch_now->barrier.waiting != 0) {
+    fail("a thread has returned while others wait in a barrier");
+  }
 }
 
 // All lanes of `mask` meet; `all` is what each of them has left. A mutex per warp, so that warps do
 // not order each other's accesses.
 inline void meet(unsigned mask, uint64_t mine, uint64_t (&all)[kWarp]) {
   Launch& l = *launch_now;
-  const unsigned lane = self() % kWarp, begin = self() - lane;
-  const unsigned lanes = std::min(kWarp, l.count - begin);
-  Warp& warp = l.warps[begin / kWarp];
+  const unsigned lane = threadIdx.x % kWarp, of_block = threadIdx.x - lane;
+  const unsigned lanes = std::min(kWarp, l.count - of_block);
+  Warp& warp = block_now().warps[of_block / kWarp];
   std::unique_lock<std::mutex> lock(warp.mutex);
   if (lanes < kWarp) mask &= (1u << lanes) - 1;
   if (!(mask >> lane & 1)) fail("a warp collective whose mask lacks the calling lane");
@@ -229,7 +291,7 @@ inline void meet(unsigned mask, uint64_t mine, uint64_t (&all)[kWarp]) {
 #ifdef CUEMU_THREADS
     warp.opened.notify_all();
 #else
-    wake(begin, begin + lanes, State::in_collective);
+    wake(self() - lane, self() - lane + lanes, State::in_collective);
 #endif
   } else {
     wait(State::in_collective, lock, warp.opened, [&] { return warp.generation != generation; });
@@ -250,19 +312,51 @@ V from_lane(unsigned mask, V value, unsigned lane) {
 
 // ---- Shared memory ------------------------------------------------------------------------------
 
-inline void* poisoned(size_t bytes) {
+inline char* poisoned(size_t bytes) {
   void* memory = nullptr;
   if (posix_memalign(&memory, 16, bytes) != 0) abort();
   memset(memory, 0xff, bytes);  // NaN as any floating-point type
-  return memory;
+  return static_cast<char*>(memory);
 }
 
-// The memory of one declaration, made when the first thread of a block comes by.
+// The memory of one declaration, made when the first thread comes by.
+inline void* shared_of(Block& block, const void* declaration, size_t bytes) {
+  std::lock_guard<std::mutex> lock(block.shared_mutex);
+  Shared& found = block.shared[declaration];
+  if (!found.memory) found.memory.reset(poisoned(found.bytes = bytes));
+  return found.memory.get();
+}
+
 inline void* shared(const void* declaration, size_t bytes) {
-  std::lock_guard<std::mutex> lock(launch_now->shared_mutex);
-  auto& memory = launch_now->shared[declaration];
-  if (!memory) memory.reset(poisoned(bytes));
-  return memory.get();
+  return shared_of(block_now(), declaration, bytes);
+}
+
+inline const char dynamic_declaration = 0;
+inline void* dynamic() { return shared(&dynamic_declaration, launch_now->dynamic_bytes); }
+
+// Where another block of the cluster has what lies at `mine` in this one.
+inline void* map_shared(void* mine, unsigned target) {
+  Launch& l = *launch_now;
+  if (target >= l.cluster) fail("shared memory of a block outside the cluster");
+  {
+    std::lock_guard<std::mutex> lock(l.mutex);
+    if (l.blocks[target].alive == 0) fail("shared memory of a block that has returned");
+  }
+  const void* declaration = nullptr;
+  size_t offset = 0, bytes = 0;
+  {
+    std::lock_guard<std::mutex> lock(block_now().shared_mutex);
+    for (const auto& [key, found] : block_now().shared) {
+      const char* begin = found.memory.get();
+      if (mine >= begin && mine < begin + found.bytes) {
+        declaration = key;
+        offset = static_cast<char*>(mine) - begin;
+        bytes = found.bytes;
+      }
+    }
+  }
+  if (bytes == 0) fail("map_shared_rank of what is no shared memory");
+  return static_cast<char*>(shared_of(l.blocks[target], declaration, bytes)) + offset;
 }
 
 inline int shared_limit() {
@@ -270,22 +364,24 @@ inline int shared_limit() {
   return text != nullptr ? atoi(text) : 227 * 1024;
 }
 
+inline bool exact_exp2 = false;  // see approximate_exp2
+
 inline std::map<const void*, int> dynamic_allowed;  // kernel -> what it was given beyond 48 KB
 
 // ---- Launches -----------------------------------------------------------------------------------
 
 #ifdef CUEMU_THREADS
 
-inline void run_block(Launch& l) {
+inline void run_cluster(Launch& l) {
   std::vector<std::thread> threads;
-  for (unsigned i = 0; i < l.count; i++) {
+  for (unsigned i = 0; i < l.count * l.cluster; i++) {
     threads.emplace_back([&l, i] {
-      threadIdx = {i, 0, 0};
+      threadIdx = {i % l.count, 0, 0};
+      blockIdx = {l.first + i / l.count, 0, 0};
       _mm_setcsr(_mm_getcsr() | 0x8040);
       l.kernel();
       std::lock_guard<std::mutex> lock(l.mutex);
-      l.alive--;
-      if (l.waiting != 0) fail("a thread has returned while others wait in __syncthreads");
+      leave();
     });
   }
   for (std::thread& thread : threads) thread.join();
@@ -293,8 +389,9 @@ inline void run_block(Launch& l) {
 
 #else
 
-inline void run_block(Launch& l) {
+inline void run_cluster(Launch& l) {
   const bool reverse = getenv("CUEMU_REVERSE") != nullptr;
+  const unsigned total = l.count * l.cluster;
   for (Thread& thread : l.threads) {
     if (!thread.stack) thread.stack.reset(new char[kStack]);
     void** top = reinterpret_cast<void**>(
@@ -304,12 +401,15 @@ inline void run_block(Launch& l) {
     thread.stack_pointer = top - 6;
     memset(thread.stack_pointer, 0, 6 * sizeof(void*));
   }
-  while (l.alive != 0) {
+  unsigned running = total;
+  while (running != 0) {
     bool progress = false;
-    for (unsigned k = 0; k < l.count; k++) {
-      threadIdx = {reverse ? l.count - 1 - k : k, 0, 0};
-      Thread& thread = l.threads[threadIdx.x];
+    for (unsigned k = 0; k < total; k++) {
+      const unsigned i = reverse ? total - 1 - k : k;
+      Thread& thread = l.threads[i];
       if (thread.state != State::ready) continue;
+      threadIdx = {i % l.count, 0, 0};
+      blockIdx = {l.first + i / l.count, 0, 0};
       progress = true;
 #if defined(__SANITIZE_ADDRESS__)
       __sanitizer_start_switch_fiber(&l.scheduler_sanitizer, thread.stack.get(), kStack);
@@ -319,8 +419,8 @@ inline void run_block(Launch& l) {
       __sanitizer_finish_switch_fiber(l.scheduler_sanitizer, nullptr, nullptr);
 #endif
       if (thread.state == State::done) {
-        l.alive--;
-        if (l.waiting != 0) fail("a thread has returned while others wait in __syncthreads");
+        running--;
+        leave();
       }
     }
     if (!progress) fail("deadlock: a barrier or collective that not all of its threads reach");
@@ -329,33 +429,47 @@ inline void run_block(Launch& l) {
 
 #endif
 
-inline void run(dim3 grid, dim3 block, size_t dynamic_bytes, std::function<void()> kernel) {
+inline void run(dim3 grid, dim3 block, unsigned cluster, size_t dynamic_bytes,
+                std::function<void()> kernel) {
   Launch l;
   launch_now = &l;
+  exact_exp2 = getenv("CUEMU_EXACT_EXP2") != nullptr;
   gridDim = grid;
   blockDim = block;
   l.count = block.x;
+  l.cluster = cluster;
+  l.dynamic_bytes = dynamic_bytes;
   l.kernel = std::move(kernel);
-  l.threads = std::vector<Thread>(l.count);
+  l.threads = std::vector<Thread>(l.count * cluster);
   const unsigned control = _mm_getcsr();
   _mm_setcsr(control | 0x8040);  // subnormal numbers are 0, as with nvcc -ftz=true
-  for (unsigned index = 0; index < grid.x; index++) {
-    blockIdx = {index, 0, 0};
-    l.alive = l.count;
-    l.shared.clear();
-    l.dynamic.reset(poisoned(dynamic_bytes));
-    l.warps.reset(new Warp[(l.count + kWarp - 1) / kWarp]);
+  for (l.first = 0; l.first < grid.x; l.first += cluster) {
+    l.blocks.reset(new Block[cluster]);
+    for (unsigned i = 0; i < cluster; i++) {
+      l.blocks[i].alive = l.count;
+      l.blocks[i].warps.reset(new Warp[(l.count + kWarp - 1) / kWarp]);
+    }
     for (Thread& thread : l.threads) thread.state = State::ready;
-    run_block(l);
+    run_cluster(l);
   }
   _mm_setcsr(control);
   launch_now = nullptr;
 }
 
+// What stands in __launch_bounds__: more threads than that do not start on a GPU.
+inline void launch_bounds(unsigned threads, unsigned = 0, unsigned blocks_of_cluster = 0) {
+  if (blockDim.x > threads) fail("more threads than the kernel's __launch_bounds__");
+  if (blocks_of_cluster != 0 && launch_now->cluster > blocks_of_cluster) {
+    fail("a larger cluster than the kernel's __launch_bounds__");
+  }
+}
+
 // ex2.approx.ftz.f32 may be wrong by 2 units in the last place: so this one is, in a direction that
 // depends on the argument in no useful way. exp2(0) is exact.
+// CUEMU_EXACT_EXP2 asks for the nearest one instead.
 inline float approximate_exp2(float x) {
   const float exact = ::exp2f(x);
+  if (exact_exp2) return exact;
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   bits *= 2654435761u;
@@ -374,7 +488,7 @@ inline float approximate_exp2(float x) {
   static const char name##_declaration = 0; \
   type* const name = static_cast<type*>(cuemu::shared(&name##_declaration, sizeof(type) * (count)))
 #define FD_DYNAMIC_SHARED(type, name) \
-  type* const name = static_cast<type*>(cuemu::launch_now->dynamic.get())
+  type* const name = static_cast<type*>(cuemu::dynamic())
 
 using std::max;
 using std::min;
@@ -383,7 +497,7 @@ inline void __syncthreads() { cuemu::sync_block(); }
 
 template <class V>
 V __shfl_xor_sync(unsigned mask, V value, int bit) {
-  return cuemu::from_lane(mask, value, (cuemu::self() % cuemu::kWarp) ^ bit);
+  return cuemu::from_lane(mask, value, (threadIdx.x % cuemu::kWarp) ^ bit);
 }
 
 template <class V>
@@ -402,7 +516,18 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const auto allowed = cuemu::dynamic_allowed.find(reinterpret_cast<const void*>(kernel));
   const size_t limit = allowed == cuemu::dynamic_allowed.end() ? 48 * 1024 : allowed->second;
   if (config->dynamicSmemBytes > limit) return cudaErrorInvalidValue;
-  cuemu::run(grid, block, config->dynamicSmemBytes, [&] { kernel(arguments...); });
+  unsigned cluster = 1;
+  for (unsigned i = 0; i < config->numAttrs; i++) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id != cudaLaunchAttributeClusterDimension) return cudaErrorNotSupported;
+    cluster = attribute.val.clusterDim.x;
+    if (attribute.val.clusterDim.y != 1 || attribute.val.clusterDim.z != 1) {
+      return cudaErrorInvalidClusterSize;
+    }
+  }
+  // 8 blocks are what every GPU with clusters has; more have to be asked for.
+  if (cluster == 0 || cluster > 8 || grid.x % cluster != 0) return cudaErrorInvalidClusterSize;
+  cuemu::run(grid, block, cluster, config->dynamicSmemBytes, [&] { kernel(arguments...); });
   return cudaSuccess;
 }
 

@@ -1,46 +1,11 @@
-// One kernel of each kind on small rows, against plain loops in double: quick to build, for
-// sanitizers, mutants and the inspection of compiled code. Exits with 1 where a value is wrong.
-#include <cuda_runtime_api.h>
-
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <memory>
-#include <vector>
-
+// The kernels of kd: one instance of each way to keep a row, and of each element type.
 #include "kd.cuh"
 
+#include <sys/mman.h>
+
+#include "probe.h"
+
 namespace {
-
-int failures = 0;
-
-float as_float(float x) { return x; }
-float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-float as_float(__half x) { return __half2float(x); }
-
-// Exactly as large as it says, so that a sanitizer sees the first byte outside.
-template <class E>
-struct Buffer {
-  std::unique_ptr<E[]> data;
-  explicit Buffer(size_t n) : data(new E[n]) {
-    for (size_t i = 0; i < n; i++) data[i] = static_cast<E>(NAN);
-  }
-  void randomize(size_t n) {
-    for (size_t i = 0; i < n; i++) {
-      data[i] = static_cast<E>(static_cast<float>(rand() % 2001 - 1000) / 250.f);
-    }
-  }
-};
-
-template <class E>
-struct Tolerance {
-  static constexpr double value = sizeof(E) == 4 ? 1e-5 : 5e-3;
-};
-
-void expect(const char* what, double got, double want, double tolerance) {
-  if (std::fabs(got - want) <= tolerance * (1 + std::fabs(want))) return;
-  if (failures++ < 5) fprintf(stderr, "probe: %s: got %g, expected %g\n", what, got, want);
-}
 
 std::vector<double> softmax(const std::vector<double>& x, double t) {
   std::vector<double> p(x);
@@ -52,7 +17,7 @@ std::vector<double> softmax(const std::vector<double>& x, double t) {
 }
 
 // Rows of `cols`, the student's `offset` elements into its memory, so that with an offset it does
-// not share the gradient's alignment. The last row is dropped.
+// not share the gradient's alignment. The last row is dropped, and the first row's label is no class.
 template <fd::Divergence D, class Store>
 void forward(const char* what, int rows, int cols, int offset, unsigned blocks, unsigned threads) {
   using Student = typename Store::Student;
@@ -66,10 +31,12 @@ void forward(const char* what, int rows, int cols, int offset, unsigned blocks, 
   Buffer<Teacher> teacher(n);
   student.randomize(n + offset);
   teacher.randomize(n);
+  // Would overflow without the maximum of all of its chunk.
+  student.data[offset + 7] = static_cast<Student>(300.f);
   Buffer<float> hard(rows), soft(rows), row_scale(rows), grad_scale(rows);
   std::unique_ptr<int64_t[]> labels(new int64_t[rows]);
   for (int r = 0; r < rows; r++) {
-    labels[r] = (r * 37 + cols - 1) % cols;
+    labels[r] = r == 0 ? cols : (r * 37 + cols - 38) % cols;
     row_scale.data[r] = r + 1 == rows ? 0.f : 0.5f + r;
   }
 
@@ -120,7 +87,11 @@ void forward(const char* what, int rows, int cols, int offset, unsigned blocks, 
     const double stored =
         std::is_same_v<Student, __half> ? static_cast<double>(grad_scale.data[r]) : 1;
     const bool dropped = scale == 0;
-    expect(what, hard.data[r], dropped ? 0 : ce, 1e-5);
+    if (labels[r] == cols) {
+      expect("a label that is no class", std::isnan(hard.data[r]), 1, 0);
+    } else {
+      expect(what, hard.data[r], dropped ? 0 : ce, 1e-5);
+    }
     if (kSoft) expect(what, soft.data[r], dropped ? 0 : kReverse ? reverse : kl, 1e-5);
     for (int i = 0; i < cols; i++) {
       const double of_soft = kReverse ? q[i] * (std::log(q[i] / p[i]) - reverse) : q[i] - p[i];
@@ -160,6 +131,58 @@ void scaling(const char* what, int rows, int cols, int piece, unsigned threads) 
   }
 }
 
+// Offsets of rows that lie further apart than 32 bits can say, without the memory.
+void far_rows() {
+  const int64_t far = int64_t{1} << 33, r = (int64_t{1} << 32) + 13;
+  fd::KdParams a{};
+  a.student = a.teacher = a.grad = reinterpret_cast<char*>(far);
+  a.student_outer = a.teacher_outer = far;
+  a.student_step = a.teacher_step = far / 2;
+  a.inner = int64_t{1} << 30;
+  a.cols = 1 << 20;
+  const fd::Row<float, __half> row(a, r);
+  const auto offset = [&](const void* p) { return reinterpret_cast<intptr_t>(p) - far; };
+  const int64_t start = 4 * far + 13 * (far / 2);
+  expect("far student", offset(row.student) == start * 4, 1, 0);
+  expect("far teacher", offset(row.teacher) == start * 2, 1, 0);
+  expect("far gradient", offset(row.grad) == r * a.cols * 4, 1, 0);
+}
+
+// The same in a kernel: 16 elements of each row, in place; the memory between is never touched.
+void far_scaling() {
+  constexpr int64_t cols = (int64_t{1} << 31) + 8, bytes = (2 * cols + 16) * 2;
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) return expect("memory for far rows", 0, 1, 0);
+  __half* const x = static_cast<__half*>(memory);
+  Buffer<float> factor(3), scale(3);
+  for (int r = 0; r < 3; r++) {
+    factor.data[r] = 2.f + r;
+    scale.data[r] = 0.5f;
+    for (int i = 0; i < 16; i++) x[r * cols + i] = static_cast<__half>(1.f + i);
+  }
+  fd::ScaleParams a{};
+  a.in = a.out = memory;
+  a.cols = cols;
+  a.piece = 16;
+  a.pieces_per_row = 1;
+  a.pieces = 3;
+  a.grad_scale = scale.data.get();
+  a.grad_output = factor.data.get();
+  a.grad_output_step = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(3);
+  config.blockDim = dim3(32);
+  const int status = cudaLaunchKernelEx(&config, fd::scale_rows<__half, fd::Warp>, a);
+  expect("far scaling", status, 0, 0);
+  for (int r = 0; r < 3; r++) {
+    for (int i = 0; i < 16; i++) {
+      expect("far scaling", as_float(x[r * cols + i]), (1.f + i) * (1.f + r / 2.f), 5e-3);
+    }
+  }
+  munmap(memory, bytes);
+}
+
 }  // namespace
 
 int main() {
@@ -168,11 +191,13 @@ int main() {
   for (int offset : {0, 1}) {
     forward<Divergence::forward_kl, fd::InShared<bf16, bf16>>("shared", 3, 1301, offset, 3, 128);
     forward<Divergence::reverse_kl, fd::InMemory<float, float>>("memory", 3, 517, offset, 3, 64);
-    forward<Divergence::forward_kl, fd::InRegisters<__half, float>>("registers", 3, 301, offset, 1,
+    forward<Divergence::forward_kl, fd::InRegisters<__half, float>>("registers", 3, 1010, offset, 1,
                                                                     128);
     forward<Divergence::none, fd::InShared<float, fd::None>>("hard", 2, 260, offset, 2, 64);
   }
   scaling<bf16, fd::Block>("scale", 3, 1101, 512, 64);
   scaling<__half, fd::Warp>("scale", 5, 21, 21, 64);
+  far_rows();
+  far_scaling();
   return failures == 0 ? 0 : 1;
 }

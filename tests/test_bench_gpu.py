@@ -1,0 +1,41 @@
+"""`make gpu` where there is no GPU: it says so, and the parts that need none are right."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from bench import gpu
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_without_a_gpu_it_says_so(capsys):
+    assert gpu.main([]) == 2
+    assert "sees no CUDA device" in capsys.readouterr().err
+
+
+def test_outcomes_of_a_test_run():
+    junit = """<testsuites><testsuite>
+      <testcase classname="a" name="one"/>
+      <testcase classname="a" name="two"><failure message="no"/></testcase>
+      <testcase classname="a" name="three"><skipped message="needs a second device"/></testcase>
+    </testsuite></testsuites>"""
+    assert gpu.outcomes(junit) == {
+        "passed": 1, "failed": ["a::two"], "skipped": {"needs a second device": 1}
+    }  # fmt: skip
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton")
+def test_the_model_stands_beside_the_figure():
+    row = {"op": "kd", "shape": (512, 50257), "dtype": "bf16", "ms": {"triton": 1.0}}
+    rows = [{**row, "pass": "both"}, {**row, "pass": "forward"}]
+    gpu.add_models(rows, "NVIDIA H100 80GB HBM3")
+    modelled = rows[0]["modelled"]
+    assert modelled["gpu"] == "H100" and modelled["kernel"] == "_kd_blocks_kernel"
+    # 10 bytes an element at 3.35 TB/s, unless issue or exponentials take longer; 6 are needed.
+    assert modelled["ms"] >= 512 * 50257 * 10 / 3.35e12 * 1e3 * 0.999
+    assert modelled["least_ms"] == pytest.approx(512 * 50257 * 6 / 3.35e12 * 1e3)
+    assert modelled["measured_over_modelled"]["triton"] == pytest.approx(1 / modelled["ms"])
+    assert rows[1]["modelled"] is None
+    gpu.add_models(rows, "NVIDIA Unknown")
+    assert "no peak rates" in rows[0]["modelled"]["skipped"]
