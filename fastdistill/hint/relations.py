@@ -129,8 +129,8 @@ def attention_kl(
     # 0 log 0 = 0; the quotient is left out where p = 0, else its gradient there would be NaN.
     positive = p != 0
     terms = torch.where(positive, p, 1).log() - torch.where(positive, q, 1).log()
-    rows = (p * terms).sum(-1).masked_fill(spoilt, float("nan"))
-    return rows.sum() / kept.sum().clamp(min=1)
+    values = (p * terms).sum(-1).masked_fill(spoilt, float("nan"))
+    return values.sum() / kept.sum().clamp(min=1)
 
 
 def _spoilt(name: str, probabilities: Tensor, kept: Tensor, band: float) -> Tensor:
