@@ -1,15 +1,15 @@
-"""The settings of one job: their defaults, their checks, and the YAML file they may come from."""
+"""The settings of `fastdistill distill`: their defaults, their checks, the YAML file for them."""
 
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
-from fastdistill.distill import extras
+from fastdistill.distill import checks, extras
+from fastdistill.distill.checks import Settings
 from fastdistill.distill.errors import JobError
 
 BUNDLED = "mnist5k"
@@ -24,8 +24,17 @@ BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 MAX_SEED = 2**31 - 1  # a seed takes part in sums and must stay a valid torch and numpy seed
 
 
+def _students(value: object) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError(f"expected a list of {', '.join(STUDENTS)}; got {value!r}")
+    names = tuple(checks.choice(*STUDENTS)(name) for name in value)
+    if len(set(names)) != len(names):
+        raise ValueError(f"expected each student once, got {', '.join(names)}")
+    return names
+
+
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Everything that decides the outcome of `fastdistill distill`, and where it goes.
 
     Attributes:
@@ -67,28 +76,26 @@ class Config:
     temperature: float = 4.0
     resume: bool = False
 
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            try:
-                value = _CHECKS[field.name](getattr(self, field.name))
-            except ValueError as error:
-                raise JobError(
-                    "A setting cannot be used.",
-                    f"{field.name}: {error}.",
-                    "Correct it on the command line or in the configuration file.",
-                ) from None
-            object.__setattr__(self, field.name, value)
-
-    def settings(self) -> dict[str, Any]:
-        """What decides the outcome, as JSON values: all but `out` and `resume`."""
-        values = asdict(self)
-        values["students"] = list(self.students)
-        del values["out"], values["resume"]
-        return values
+    CHECKS: ClassVar[Mapping[str, checks.Check]] = {
+        "out": checks.text,
+        "data": checks.text,
+        "device": checks.choice(*DEVICES),
+        "backend": checks.choice(*BACKENDS),
+        "seed": checks.integer(0, MAX_SEED),
+        "seeds": checks.integer(1, 1000),
+        "students": _students,
+        "labelled": checks.optional(checks.integer(1)),
+        "epochs": checks.integer(1),
+        "teacher_epochs": checks.integer(1),
+        "batch_size": checks.integer(2),  # batch normalisation needs two images
+        "learning_rate": checks.positive,
+        "temperature": checks.positive,
+        "resume": checks.flag,
+    }
 
 
-def read_file(path: str) -> dict[str, Any]:
-    """The settings in a YAML file. Keys are checked here, values by `Config`.
+def read_file(path: str, kind: type[Settings] = Config) -> dict[str, Any]:
+    """The settings in a YAML file. Keys are checked here, values by `kind`.
 
     Raises:
         JobError: the file cannot be read, is not a mapping, or has an unknown key; the message
@@ -113,7 +120,7 @@ def read_file(path: str) -> dict[str, Any]:
             f"It must hold `key: value` lines; it holds a {type(values).__name__}.",
             "Write, for example, `epochs: 25`.",
         )
-    known = [field.name for field in fields(Config)]
+    known = [field.name for field in fields(cast(Any, kind))]
     problems = []
     for key in values:
         if key not in known:
@@ -123,85 +130,3 @@ def read_file(path: str) -> dict[str, Any]:
     if problems:
         raise JobError(title, "\n".join(problems), f"The known keys are {', '.join(known)}.")
     return values
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"expected a text, got {value!r}")
-    return value
-
-
-def _flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"expected true or false, got {value!r}")
-    return value
-
-
-def _integer(low: int, high: int | None = None) -> Callable[[object], int]:
-    span = f">= {low}" if high is None else f"from {low} to {high}"
-
-    def check(value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"expected a whole number {span}, got {value!r}")
-        if value < low or (high is not None and value > high):
-            raise ValueError(f"expected a whole number {span}, got {value}")
-        return value
-
-    return check
-
-
-def _positive(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        hint = ""
-        if isinstance(value, str):  # YAML reads 1e-3 as text: its numbers need a point
-            try:
-                hint = f"; in YAML write {float(value):.6f}".rstrip("0")
-            except ValueError:
-                pass
-        raise ValueError(f"expected a number > 0, got {value!r}{hint}")
-    number = float(value)
-    if not math.isfinite(number) or number <= 0:
-        raise ValueError(f"expected a number > 0, got {value!r}")
-    return number
-
-
-def _choice(*words: str) -> Callable[[object], str]:
-    def check(value: object) -> str:
-        if value not in words:
-            near = difflib.get_close_matches(str(value), words, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(f"expected one of {', '.join(words)}; got {value!r}{hint}")
-        return str(value)
-
-    return check
-
-
-def _students(value: object) -> tuple[str, ...]:
-    if not isinstance(value, (list, tuple)) or not value:
-        raise ValueError(f"expected a list of {', '.join(STUDENTS)}; got {value!r}")
-    names = tuple(_choice(*STUDENTS)(name) for name in value)
-    if len(set(names)) != len(names):
-        raise ValueError(f"expected each student once, got {', '.join(names)}")
-    return names
-
-
-def _optional(check: Callable[[object], int]) -> Callable[[object], int | None]:
-    return lambda value: None if value is None else check(value)
-
-
-_CHECKS: Mapping[str, Callable[[object], object]] = {
-    "out": _text,
-    "data": _text,
-    "device": _choice(*DEVICES),
-    "backend": _choice(*BACKENDS),
-    "seed": _integer(0, MAX_SEED),
-    "seeds": _integer(1, 1000),
-    "students": _students,
-    "labelled": _optional(_integer(1)),
-    "epochs": _integer(1),
-    "teacher_epochs": _integer(1),
-    "batch_size": _integer(2),  # batch normalisation needs two images
-    "learning_rate": _positive,
-    "temperature": _positive,
-    "resume": _flag,
-}
