@@ -76,8 +76,9 @@ def run(
         device = torch.device(config.device)
         data = load(config.data, config.seed)
         labelled_count(config, data)  # refuses before anything is replaced
-        with _reproducible(None if earlier is None else earlier["threads"], listener):
-            run_id = resume.begin(directory, config, data, earlier, files(config), listener)
+        with reproducible(None if earlier is None else earlier["threads"], listener):
+            sha256 = data.source.sha256
+            run_id = resume.begin(directory, config, sha256, earlier, files(config), listener)
             bench = Workbench(config, directory, run_id, data, device, listener)
             teacher, students = _train(bench, config)
             inference = speed.compare(teacher.model, students[0].model, bench.test_images)
@@ -150,7 +151,7 @@ def _probe(backend: str, device: torch.device) -> str:
 
 
 @contextmanager
-def _reproducible(threads: int | None, listener: Listener) -> Iterator[None]:
+def reproducible(threads: int | None, listener: Listener) -> Iterator[None]:
     """One algorithm per operation, and as many threads as the run that is continued."""
     before = torch.get_num_threads()
     if threads is not None and threads != before:  # a sum split otherwise has other last bits

@@ -52,7 +52,7 @@ def student_from_teacher(teacher: nn.Module, layers: Sequence[int] | str) -> Any
             raise ValueError(f"layers: expected layer numbers or {DISTILBERT!r}, got {layers!r}")
         return _distilbert(teacher)
     config: Any = copy.deepcopy(teacher.config)
-    stack = _stack(teacher, config.num_hidden_layers)
+    stack = layer_stack(teacher, config.num_hidden_layers)
     chosen = _check_layers(layers, config.num_hidden_layers)
     for name in PER_LAYER_SETTINGS:
         values = getattr(config, name, None)
@@ -115,8 +115,12 @@ def _check_teacher(teacher: nn.Module) -> None:
         raise ValueError(f"teacher: expected all heads, got pruned_heads={config.pruned_heads}")
 
 
-def _stack(teacher: nn.Module, count: int) -> str:
-    """Name of the list of the teacher's layers: the one outermost list of that length."""
+def layer_stack(teacher: nn.Module, count: int) -> str:
+    """Name of the list of the teacher's layers: the one outermost list of that length.
+
+    Raises:
+        ValueError: there is none, or several.
+    """
     found: list[str] = []
     for name, module in teacher.named_modules():  # outer modules come before inner ones
         inner = any(name.startswith(f"{outer}.") for outer in found)
