@@ -83,6 +83,15 @@ def integer(low: int, high: int | None = None) -> Callable[[object], int]:
 
 def positive(value: object) -> float:
     """A finite number > 0."""
+    return _number(value, "> 0", lambda number: number > 0)
+
+
+def not_negative(value: object) -> float:
+    """A finite number >= 0."""
+    return _number(value, ">= 0", lambda number: number >= 0)
+
+
+def _number(value: object, span: str, fits: Callable[[float], bool]) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         hint = ""
         if isinstance(value, str):  # YAML reads 1e-3 as text: its numbers need a point
@@ -90,10 +99,10 @@ def positive(value: object) -> float:
                 hint = f"; in YAML write {float(value):.6f}".rstrip("0")
             except ValueError:
                 pass
-        raise ValueError(f"expected a number > 0, got {value!r}{hint}")
+        raise ValueError(f"expected a number {span}, got {value!r}{hint}")
     number = float(value)
-    if not math.isfinite(number) or number <= 0:
-        raise ValueError(f"expected a number > 0, got {value!r}")
+    if not math.isfinite(number) or not fits(number):
+        raise ValueError(f"expected a number {span}, got {value!r}")
     return number
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,7 +111,11 @@ def _resolve(config: Config) -> Config:
     data = config.data
     if data != BUNDLED:
         data = str(Path(data).expanduser().resolve())
-    return replace(config, device=device.type, backend=_probe(config.backend, device), data=data)
+    logits = torch.tensor([[0.0, 1.0], [2.0, 0.0]], device=device)
+    backend = probe(
+        "kd_loss", lambda: fastdistill.kd_loss(logits, 2 * logits), config.backend, device
+    )
+    return replace(config, device=device.type, backend=backend, data=data)
 
 
 def choose_device(name: str) -> torch.device:
@@ -131,20 +135,29 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _probe(backend: str, device: torch.device) -> str:
-    """Try the backend on two rows before the teacher is trained; the name of the one that ran."""
-    logits = torch.tensor([[0.0, 1.0], [2.0, 0.0]], device=device)
-    case = _backend.Case(device.type, (logits.dtype, logits.dtype), False)
+def probe(op: str, call: Callable[[], object], backend: str, device: torch.device) -> str:
+    """Try the backend before anything is trained; the name of the one that ran.
+
+    Args:
+        op: name of the op.
+        call: runs it on a few rows of float32.
+        backend: as the user asked for it.
+        device: where the rows are.
+
+    Raises:
+        JobError: it cannot run here.
+    """
+    case = _backend.Case(device.type, (torch.float32, torch.float32), False)
     # "auto" leaves the choice to FASTDISTILL_BACKEND, which a block would override
     asked: AbstractContextManager[object]
     asked = nullcontext() if backend == "auto" else fastdistill.backend(backend)
     try:
         with asked:
-            fastdistill.kd_loss(logits, 2 * logits)
-            return _backend.choose("kd_loss", case)
+            call()
+            return _backend.choose(op, case)
     except (RuntimeError, ValueError) as error:
         raise JobError(
-            f"The backend {backend} of kd_loss cannot be used on {device.type}.",
+            f"The backend {backend} of {op} cannot be used on {device.type}.",
             str(error),
             "Use --backend reference, which runs everywhere.",
         ) from None

@@ -108,12 +108,12 @@ def students_csv(figures: dict[str, Any]) -> str:
         for student in figures["students"]
         for i, seed in enumerate(student["seeds"])
     ]
-    return _csv(rows)
+    return csv_text(rows)
 
 
 def curves_csv(outcome: Outcome) -> str:
     """One row per network and epoch; no agreement for the teacher."""
-    return _csv(
+    return csv_text(
         [
             {"name": network.name, "seed": network.seed, **{"agreement": None}, **entry}
             for network in (outcome.teacher, *outcome.students)
@@ -122,7 +122,8 @@ def curves_csv(outcome: Outcome) -> str:
     )
 
 
-def _csv(rows: list[dict[str, Any]]) -> str:
+def csv_text(rows: list[dict[str, Any]]) -> str:
+    """A table with one heading per key of the first row."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
