@@ -195,7 +195,10 @@ def _distill(arguments: argparse.Namespace) -> int:
     given = _given(arguments, Config)
     config = Config(**given)
     try:
-        from fastdistill.distill import job, ui
+        from fastdistill.distill import job
+
+        extras.require("fastdistill distill", *job.MODULES)  # before ui imports one of them
+        from fastdistill.distill import ui
 
         with ui.Terminal() as terminal:
             figures = job.run(config, given.keys(), terminal)
@@ -211,7 +214,7 @@ def _distill_text(arguments: argparse.Namespace) -> int:
     try:
         from fastdistill.distill.text import job
 
-        extras.require("fastdistill distill-text", *job.MODULES, extra="text")
+        extras.require("fastdistill distill-text", *job.MODULES, extra="text")  # as above
         from fastdistill.distill import ui
         from fastdistill.distill.text import report
 

@@ -20,6 +20,8 @@ from fastdistill.distill.errors import JobError
 from fastdistill.distill.listener import Listener
 from fastdistill.distill.workbench import Network, Workbench, files, labelled_count
 
+MODULES = ("rich", "safetensors", "matplotlib")
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -61,7 +63,7 @@ def run(
     Raises:
         JobError: for whatever the user can put right.
     """
-    extras.require("fastdistill distill", "rich", "safetensors", "matplotlib")
+    extras.require("fastdistill distill", *MODULES)
     from fastdistill.distill import report, results
 
     listener = listener or Listener()
