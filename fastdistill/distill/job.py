@@ -12,13 +12,20 @@ import torch
 
 import fastdistill
 from fastdistill import _backend
-from fastdistill.distill import environment, extras, resume, speed
+from fastdistill.distill import environment, extras, factories, resume, speed
 from fastdistill.distill.config import BUNDLED, Config
 from fastdistill.distill.data import Dataset, load
 from fastdistill.distill.directory import Directory
 from fastdistill.distill.errors import JobError
 from fastdistill.distill.listener import Listener
-from fastdistill.distill.workbench import Network, Workbench, files, labelled_count
+from fastdistill.distill.workbench import (
+    HINT_DISTILLED,
+    Network,
+    Workbench,
+    check_networks,
+    files,
+    labelled_count,
+)
 
 MODULES = ("rich", "safetensors", "matplotlib")
 
@@ -75,12 +82,17 @@ def run(
         config = _resolve(config)
         if earlier is not None:
             config = _resolve(resume.as_before(config, explicit, earlier))
+        else:
+            config = _without_hint(config, explicit, listener)
         device = torch.device(config.device)
         data = load(config.data, config.seed)
-        labelled_count(config, data)  # refuses before anything is replaced
+        labelled_count(config, data)  # these refuse before anything is replaced
+        check_networks(config, data)
         with reproducible(None if earlier is None else earlier["threads"], listener):
             sha256 = data.source.sha256
-            run_id = resume.begin(directory, config, sha256, earlier, files(config), listener)
+            run_id = resume.begin(
+                directory, config, sha256, earlier, files(config), listener, _checkpoints(config)
+            )
             bench = Workbench(config, directory, run_id, data, device, listener)
             teacher, students = _train(bench, config)
             inference = speed.compare(teacher.model, students[0].model, bench.test_images)
@@ -110,14 +122,34 @@ def _resolve(config: Config) -> Config:
     Another backend rounds otherwise, so a resumed run must not choose anew.
     """
     device = choose_device(config.device)
-    data = config.data
-    if data != BUNDLED:
-        data = str(Path(data).expanduser().resolve())
+    paths = {
+        name: str(Path(value).expanduser().resolve())
+        for name in ("data", "teacher_checkpoint", "student_checkpoint")
+        if (value := getattr(config, name)) not in (None, BUNDLED)
+    }
     logits = torch.tensor([[0.0, 1.0], [2.0, 0.0]], device=device)
     backend = probe(
         "kd_loss", lambda: fastdistill.kd_loss(logits, 2 * logits), config.backend, device
     )
-    return replace(config, device=device.type, backend=backend, data=data)
+    changes: dict[str, Any] = {"device": device.type, "backend": backend, **paths}
+    return replace(config, **changes)
+
+
+def _without_hint(config: Config, explicit: Collection[str], listener: Listener) -> Config:
+    """The default students, but the one whose layers are not known, where networks are given."""
+    own = config.teacher is not None or config.student is not None
+    if not own or config.hint_layers is not None or "students" in explicit:
+        return config
+    students = tuple(name for name in config.students if name != HINT_DISTILLED)
+    listener.say(f"Without {HINT_DISTILLED}: that takes hint_layers, the layers to match.")
+    return replace(config, students=students)
+
+
+def _checkpoints(config: Config) -> dict[str, str]:
+    """sha256 of the weights that the user gave, by setting."""
+    names = ("teacher_checkpoint", "student_checkpoint")
+    given = {name: getattr(config, name) for name in names}
+    return {name: factories.sha256(path) for name, path in given.items() if path is not None}
 
 
 def choose_device(name: str) -> torch.device:

@@ -12,13 +12,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fastdistill.distill.data import Images
+from fastdistill.distill.workbench import HINT_DISTILLED, hint_epochs
 
 if TYPE_CHECKING:
     from fastdistill.distill.job import Outcome
     from fastdistill.distill.workbench import Network
 
 # Okabe and Ito's colours, distinct to colour-blind readers as well
-COLOURS = {"labels_only": "#D55E00", "distilled": "#0072B2", "both": "#009E73"}
+COLOURS = {
+    "labels_only": "#D55E00",
+    "distilled": "#0072B2",
+    "both": "#009E73",
+    "hint_distilled": "#CC79A7",
+}
 INK, GRID = "#222222", "#DDDDDD"
 RIGHT, WRONG = "#007A55", "#B8420F"
 MOST_CLASSES = 20  # a heat map with more columns cannot be read
@@ -116,7 +122,8 @@ def _lines(axes: Axes, outcome: Outcome, value: Callable[[dict[str, float]], flo
     for name in dict.fromkeys(student.name for student in outcome.students):
         runs = [student for student in outcome.students if student.name == name]
         values = np.array([[value(entry) for entry in run.curve] for run in runs])
-        epochs = np.arange(1, values.shape[1] + 1)
+        before = hint_epochs(outcome.config)[0] if name == HINT_DISTILLED else 0
+        epochs = np.arange(1, values.shape[1] + 1) + before
         colour = COLOURS[name]
         axes.plot(
             epochs,

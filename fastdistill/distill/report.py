@@ -17,6 +17,7 @@ MEANING = {
     "labels_only": "cross-entropy with the visible labels; no teacher",
     "distilled": "the teacher's outputs on all training images; no labels",
     "both": "the teacher's outputs on all training images, and the visible labels",
+    "hint_distilled": "its lower layers on the teacher's middle layer (FitNets), then as distilled",
 }
 
 STYLE = """
@@ -61,7 +62,7 @@ def table(figures: dict[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
         (
             "teacher",
-            f"{teacher['labelled']:,}",
+            "" if teacher["labelled"] is None else f"{teacher['labelled']:,}",
             f"{teacher['accuracy']:.1%}",
             "",
             f"{teacher['parameters']:,}",
@@ -93,7 +94,7 @@ def notes(figures: dict[str, Any]) -> list[str]:
     data, inference = figures["data"], figures["inference"]
     seeds = len(figures["students"][0]["seeds"])
     over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
-    return [
+    lines = [
         f"Accuracy on {data['test_images']:,} test images, {over}; agreement: share of them on "
         "which student and teacher name the same class.",
         "All students make as many optimiser steps, labels_only from its labelled images alone.",
@@ -101,6 +102,31 @@ def notes(figures: dict[str, Any]) -> list[str]:
         f"{figures['environment']['device']}, {inference['teacher_ms']:.2f} ms for the teacher, "
         f"{inference['student_ms']:.2f} ms for the student.",
     ]
+    students = {student["name"]: student for student in figures["students"]}
+    if "hint_distilled" in students:
+        lines.insert(2, _verdict(students["hint_distilled"], students.get("distilled")))
+    return lines
+
+
+def _verdict(hinted: dict[str, Any], plain: dict[str, Any] | None) -> str:
+    """Whether the hint helped, said plainly."""
+    spent = hinted["hint_epochs"]
+    text = f"hint_distilled spends {spent} of its {spent + hinted['epochs']} epochs on the hint."
+    if plain is None:
+        return text
+    gain = 100 * (hinted["accuracy_mean"] - plain["accuracy_mean"])
+    stds = [student["accuracy_std"] for student in (hinted, plain)]
+    spread = 100 * max((std for std in stds if std is not None), default=0.0)
+    if len(hinted["seeds"]) < 2:
+        return f"{text} Against distilled alone: {gain:+.1f} points, of one seed."
+    if gain <= 0:
+        return f"{text} The hint does not help here: {gain:+.1f} points against distilled alone."
+    if gain <= spread:
+        return (
+            f"{text} Against distilled alone: {gain:+.1f} points, within the spread of the seeds: "
+            "no gain can be claimed."
+        )
+    return f"{text} The hint gains {gain:.1f} points over distilled alone."
 
 
 CAPTIONS = {
@@ -114,7 +140,9 @@ def page(figures: dict[str, Any], pictures: dict[str, bytes]) -> str:
     """The HTML report: one file that needs no other, its images inside."""
     students = ", ".join(student["name"] for student in figures["students"])
     data = figures["data"]
-    meaning = {"teacher": "cross-entropy with all labels", **MEANING}
+    given = figures["teacher"]["labelled"] is None
+    teacher = "as it was given" if given else "cross-entropy with all labels"
+    meaning = {"teacher": teacher, **MEANING}
     return document(
         f"Distillation on {data['name']}",
         "One teacher, and students of one small architecture trained in different ways: "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -45,6 +45,7 @@ def begin(
     earlier: dict[str, Any] | None,
     files: Iterable[str],
     listener: Listener,
+    weights: Mapping[str, str] | None = None,
 ) -> str:
     """Check that the data are the earlier run's, or start a new job; the job's id.
 
@@ -55,6 +56,7 @@ def begin(
         earlier: the manifest of the run to continue, None for a new job.
         files: names of the checkpoints that the job will write.
         listener: is told which of the two it is.
+        weights: sha256 of each file of weights that the job starts from, by setting.
 
     Raises:
         JobError: other data than before, or files in the way that no job wrote.
@@ -67,6 +69,7 @@ def begin(
             "settings": config.settings(),
             "data_sha256": sha256,
             "threads": torch.get_num_threads(),
+            "weights_sha256": dict(weights or {}),
             "versions": versions,
         }
         return directory.start(files, facts)
@@ -74,6 +77,9 @@ def begin(
         was, now = earlier["settings"]["data"], config.data
         changed = f"{was} in the earlier run, now {now}" if was != now else f"{now} has changed"
         _refuse(config.out, [f"data: {changed}"])
+    for name, found in (weights or {}).items():
+        if earlier.get("weights_sha256", {}).get(name) != found:
+            _refuse(config.out, [f"{name}: the file has changed"])
     for package, version in versions.items():
         was = earlier["versions"].get(package)
         if was != version:

@@ -77,7 +77,9 @@ def _headline(entry: dict[str, float]) -> str:
     """The figure that one watches, of an entry of a curve."""
     if "correlation" in entry:
         return f"correlation {entry['correlation']:.3f}"
-    return f"accuracy {entry['accuracy']:.1%}"
+    if "accuracy" in entry:
+        return f"accuracy {entry['accuracy']:.1%}"
+    return f"loss {entry['loss']:.4f}"
 
 
 def summary(figures: dict[str, Any], out: str) -> None:
@@ -91,8 +93,8 @@ def show(
 ) -> None:
     """Print a table, its notes and where everything is."""
     console = Console(highlight=False)
-    # narrow paddings: it has to fit in 80 columns
-    table = Table(*headings, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    # no paddings, as its columns are 2 apart: it has to fit in 80 columns
+    table = Table(*headings, box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
