@@ -234,3 +234,12 @@ def test_teachers_are_checked():
     teacher.extra = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(5))
     with pytest.raises(ValueError, match="2 lists of that length: encoder.layer, extra"):
         student_from_teacher(teacher, [0])
+
+
+def test_missing_transformers_is_said(monkeypatch):
+    import sys
+
+    teacher = FAMILIES["bert"][0]()
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'fastdistill\[text\]'"):
+        student_from_teacher(teacher, [0])

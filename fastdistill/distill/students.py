@@ -43,6 +43,7 @@ def student_from_teacher(teacher: nn.Module, layers: Sequence[int] | str) -> Any
 
     Raises:
         TypeError: not a model of transformers, or `layers` of another type.
+        ImportError: transformers is not installed.
         ValueError: a layer that the teacher does not have, one named twice, or a teacher whose
             layers cannot be told apart (an encoder and a decoder, several stacks).
     """
@@ -97,8 +98,12 @@ def _renamed(tensors: dict[str, Tensor], new_name: Any) -> dict[str, Tensor]:
 
 
 def _check_teacher(teacher: nn.Module) -> None:
-    from transformers import PreTrainedModel
-
+    try:
+        from transformers import PreTrainedModel
+    except ImportError as error:
+        raise ImportError(
+            "student_from_teacher needs transformers 4.48 or later: pip install 'fastdistill[text]'"
+        ) from error
     if not isinstance(teacher, PreTrainedModel):
         raise TypeError(f"teacher: expected a model of transformers, got {type(teacher).__name__}")
     config = teacher.config
