@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from matplotlib.ticker import MaxNLocator
 
-from fastdistill.distill.plots import GRID, INK, panels, png, style
+from fastdistill.distill.plots import INK, panels, png, style
 from fastdistill.distill.text import measures
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def similarity(outcome: Outcome) -> bytes:
         style(axis, f"{title} (r = {measures.correlation(found, training.wanted):.3f})",
               "similarity of a pair of sentences, teacher")  # fmt: skip
         axis.set_ylabel("student", color=INK)
-        axis.grid(color=GRID, linewidth=0.6)
+        axis.xaxis.set_major_locator(MaxNLocator())  # style() counts epochs
     for axis in axes:
         axis.set_xlim(low, 1)
         axis.set_ylim(low, 1)
