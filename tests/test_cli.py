@@ -51,7 +51,9 @@ def test_defaults(ran):
     assert ran == [(Config(), set())]
     config = Config()
     assert (config.out, config.temperature, config.epochs) == ("out/distill", 4.0, 25)
-    assert (config.seeds, config.students) == (3, ("labels_only", "distilled", "both"))
+    assert (config.seeds, config.students) == (
+        3, ("labels_only", "distilled", "both", "hint_distilled"),
+    )  # fmt: skip
 
 
 def test_all_options(ran):
@@ -225,7 +227,8 @@ def test_evaluate_prints_what_it_found(capsys, monkeypatch):
 
     monkeypatch.setattr(evaluate, "evaluate", found)
     assert cli.main("evaluate --checkpoint c --data d --device cpu".split()) == 0
-    assert asked == [("c", "d", "cpu")]
+    assert cli.main("evaluate --checkpoint c --model m:f".split()) == 0
+    assert asked == [("c", "d", "cpu"), ("c", None, "auto", "m:f")]
     out = capsys.readouterr().out
     assert "accuracy    0.9700 (97 of 100 images)" in out and "6,274" in out
 

@@ -84,8 +84,10 @@ def test_results_json(finished):
     teacher, students = written["teacher"], written["students"]
     assert 0.7 < teacher["accuracy"] < 1  # so that figures that must be equal say something
     assert teacher["parameters"] == models.parameters(models.build(models.teacher(1, 10, 10, 4), 0))
-    assert [s["name"] for s in students] == ["labels_only", "distilled", "both"]
-    assert [s["labelled"] for s in students] == [24, 0, 24]
+    assert [s["name"] for s in students] == ["labels_only", "distilled", "both", "hint_distilled"]
+    assert [s["labelled"] for s in students] == [24, 0, 24, 0]
+    assert [s["epochs"] for s in students] == [3, 3, 3, 2]
+    assert [s["hint_epochs"] for s in students] == [0, 0, 0, 1]
     for s in students:
         assert s["seeds"] == [0, 1] and len(s["accuracies"]) == len(s["agreements"]) == 2
         for key in ("accuracy", "agreement"):
@@ -115,14 +117,14 @@ def test_csv(finished):
     with open(files(config) / "students.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(r["name"], r["seed"]) for r in rows] == [
-        (name, seed) for name in ("labels_only", "distilled", "both") for seed in "01"
+        (name, seed) for name in config.students for seed in "01"
     ]
     assert [float(r["accuracy"]) for r in rows] == [
         a for s in figures["students"] for a in s["accuracies"]
     ]
     with open(files(config) / "curves.csv", newline="") as file:
         curves = list(csv.DictReader(file))
-    assert len(curves) == 3 + 6 * 3
+    assert len(curves) == 3 + 6 * 3 + 2 * 2
     last = [r for r in curves if (r["name"], r["seed"], r["epoch"]) == ("both", "1", "3")]
     assert float(last[0]["accuracy"]) == figures["students"][2]["accuracies"][1]
     assert curves[0]["name"] == "teacher" and curves[0]["agreement"] == ""
@@ -133,7 +135,8 @@ def test_agreement_by_class_adds_up(tmp_path, data, monkeypatch):
     monkeypatch.setattr(report, "write", lambda outcome, figures: outcomes.append(outcome))
     figures = job.run(Config(out=str(tmp_path), data=data, **SMALL))
     names, table = plots.agreement_by_class(outcomes[0])
-    assert names == ["labels_only", "distilled", "both"] and table.shape == (3, 4)
+    assert names == ["labels_only", "distilled", "both", "hint_distilled"]
+    assert table.shape == (4, 4)
     counts = outcomes[0].teacher.test_logits.argmax(1).bincount(minlength=4).numpy()
     for row, student in zip(table, figures["students"], strict=True):
         assert (row * counts).sum() / 80 == pytest.approx(student["agreement_mean"])
@@ -191,8 +194,7 @@ def test_only_the_files_announced_are_left(finished):
     names = {p.name for p in files(config).iterdir()}
     assert names == {*OUTPUTS, "job.json", "checkpoints"}
     kept = {p.name for p in (files(config) / "checkpoints").iterdir()}
-    kinds = ("labels_only", "distilled", "both")
-    students = {f"{kind}-seed{seed}.safetensors" for kind in kinds for seed in (0, 1)}
+    students = {f"{kind}-seed{seed}.safetensors" for kind in config.students for seed in (0, 1)}
     assert kept == students | {".lock", "teacher.safetensors", "teacher-logits.safetensors"}
 
 
@@ -218,7 +220,8 @@ def test_same_seed_same_figures_other_seed_other_networks(finished, tmp_path, da
 
 @pytest.mark.parametrize(
     "moment", [("teacher", 0), ("teacher", 2), ("labels_only-seed1", 0), ("distilled-seed0", 1),
-               ("both-seed1", 3)],
+               ("both-seed1", 3), ("hint_distilled-seed0.hint", 0),
+               ("hint_distilled-seed0.hint", 1), ("hint_distilled-seed1", 1)],
 )  # fmt: skip
 @pytest.mark.usefixtures("no_report")
 def test_resume_gives_the_same_figures(finished, tmp_path, data, moment):
@@ -234,7 +237,8 @@ def test_resume_gives_the_same_figures(finished, tmp_path, data, moment):
     ]
     assert rest.said == [f"Continuing the run in {tmp_path}."]
     first = rest.trained.index(moment)  # it goes on there; before it, finished networks only
-    assert all(count == 3 for _, count in rest.trained[:first])
+    before = rest.trained[:first]
+    assert all(count == (2 if "hint" in name else 3) for name, count in before)
 
 
 @pytest.fixture
@@ -249,7 +253,7 @@ def test_resume_of_a_finished_job_trains_nothing(copied):
     recorder = Recorder()
     again = job.run(Config(out=str(out), resume=True), ["out", "resume"], recorder)
     assert accuracies(again) == accuracies(figures)
-    assert [count for _, count in recorder.trained] == [3] * 7
+    assert [count for _, count in recorder.trained] == [3] * 7 + [2] * 2
 
 
 def test_resume_with_nothing_there_starts(tmp_path, data):
@@ -274,7 +278,7 @@ def test_resume_with_other_settings_is_refused(copied, tmp_path, data):
     )  # fmt: skip
     assert "seeds" not in text  # that one agrees
     refusal(lambda: resume(labelled=25), "labelled: 24 in the earlier run, now 25")
-    refusal(lambda: resume(students=["both"]), "students: ['labels_only', 'distilled', 'both']")
+    refusal(lambda: resume(students=["both"]), "students: ['labels_only', 'distilled', 'both', 'h")
     x, y = blobs(400, seed=1, contrast=FAINT)
     other = npz(tmp_path / "other.npz", x=x, y=y)
     refusal(lambda: resume(data=other), f"data: {data} in the earlier run, now {other}")
@@ -462,7 +466,10 @@ def test_colour_images_of_another_size(tmp_path):
     assert found.total == 9 and "its test images" in found.data
 
 
-@pytest.mark.parametrize("name", ["teacher", "labels_only-seed1", "distilled-seed0", "both-seed1"])
+@pytest.mark.parametrize(
+    "name",
+    ["teacher", "labels_only-seed1", "distilled-seed0", "both-seed1", "hint_distilled-seed1"],
+)
 def test_evaluate_repeats_the_results(finished, name, tmp_path):
     config, figures = finished
     found = evaluate(str(files(config) / "checkpoints" / f"{name}.safetensors"))

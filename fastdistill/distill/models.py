@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdistill.distill.factories import Factory
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -93,14 +95,24 @@ def _shrink(
     return sides[0] // kernel[0], sides[1] // kernel[1]
 
 
-def build(architecture: Architecture, seed: int) -> ConvNet:
+HINT_LAYER = "body.7"
+"""Of both networks: the ReLU that ends the second of three stages. FitNets takes the middle layer
+of each network for its hint."""
+
+
+def from_json(values: Mapping[str, Any]) -> Architecture | Factory:
+    """The inverse of both `to_json`. KeyError or TypeError if `values` is something else."""
+    return (Factory if "where" in values else Architecture).from_json(values)
+
+
+def build(architecture: Architecture | Factory, seed: int) -> nn.Module:
     """A network on the CPU, initialised from `seed`; the caller's random state is left as it was.
 
     On the CPU whatever the device of the job, so that a seed means the same start everywhere.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return ConvNet(architecture)
+        return architecture() if isinstance(architecture, Factory) else ConvNet(architecture)
 
 
 def parameters(model: nn.Module) -> int:

@@ -12,13 +12,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fastdistill.distill.data import Images
+from fastdistill.distill.workbench import HINT_DISTILLED, hint_epochs
 
 if TYPE_CHECKING:
     from fastdistill.distill.job import Outcome
     from fastdistill.distill.workbench import Network
 
 # Okabe and Ito's colours, distinct to colour-blind readers as well
-COLOURS = {"labels_only": "#D55E00", "distilled": "#0072B2", "both": "#009E73"}
+COLOURS = {
+    "labels_only": "#D55E00",
+    "distilled": "#0072B2",
+    "both": "#009E73",
+    "hint_distilled": "#CC79A7",
+}
 INK, GRID = "#222222", "#DDDDDD"
 RIGHT, WRONG = "#007A55", "#B8420F"
 MOST_CLASSES = 20  # a heat map with more columns cannot be read
@@ -27,30 +33,30 @@ GRID_ROWS, GRID_COLUMNS = 3, 8
 
 def curves(outcome: Outcome) -> bytes:
     """Test accuracy and training loss of all students, epoch by epoch."""
-    figure, (left, right) = _panels(2)
+    figure, (left, right) = panels(2)
     _lines(left, outcome, lambda entry: entry["accuracy"])
     final = outcome.teacher.curve[-1]["accuracy"]
     left.axhline(final, color=INK, linestyle=":", linewidth=1.5, label=f"teacher ({final:.1%})")
-    _style(left, "Test accuracy", "epoch", percent=True)
+    style(left, "Test accuracy", "epoch", percent=True)
     left.legend(loc="lower right", frameon=False)
     _lines(right, outcome, lambda entry: entry["loss"])
     right.set_yscale("log")
-    _style(right, "Training loss (each student has its own)", "epoch")
+    style(right, "Training loss (each student has its own)", "epoch")
     right.legend(loc="upper right", frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def agreement(outcome: Outcome) -> bytes:
     """How often students name the teacher's class: over the epochs, and class by class."""
-    figure, (left, right) = _panels(2)
+    figure, (left, right) = panels(2)
     _lines(left, outcome, lambda entry: entry["agreement"])
-    _style(left, "Agreement with the teacher", "epoch", percent=True)
+    style(left, "Agreement with the teacher", "epoch", percent=True)
     left.legend(loc="lower right", frameon=False)
     if outcome.data.source.classes <= MOST_CLASSES:
         _by_class(right, outcome)
     else:
         right.axis("off")
-    return _png(figure)
+    return png(figure)
 
 
 def disagreement(outcome: Outcome) -> bytes:
@@ -84,7 +90,7 @@ def disagreement(outcome: Outcome) -> bytes:
                 color=RIGHT if answer == truth else WRONG,
             )
         axis.set_title(f"label {truth}", fontsize=8, color=INK, pad=3)
-    return _png(figure)
+    return png(figure)
 
 
 def shown_student(outcome: Outcome) -> Network:
@@ -105,7 +111,8 @@ def picture(images: Images, row: int) -> np.ndarray[Any, Any]:
     return np.asarray(scaled.transpose(1, 2, 0))
 
 
-def _panels(count: int) -> tuple[Figure, list[Axes]]:
+def panels(count: int) -> tuple[Figure, list[Axes]]:
+    """A wide figure with so many axes side by side."""
     figure = Figure(figsize=(10, 3.8), dpi=150, layout="constrained")
     return figure, list(figure.subplots(1, count))
 
@@ -115,7 +122,8 @@ def _lines(axes: Axes, outcome: Outcome, value: Callable[[dict[str, float]], flo
     for name in dict.fromkeys(student.name for student in outcome.students):
         runs = [student for student in outcome.students if student.name == name]
         values = np.array([[value(entry) for entry in run.curve] for run in runs])
-        epochs = np.arange(1, values.shape[1] + 1)
+        before = hint_epochs(outcome.config)[0] if name == HINT_DISTILLED else 0
+        epochs = np.arange(1, values.shape[1] + 1) + before
         colour = COLOURS[name]
         axes.plot(
             epochs,
@@ -166,7 +174,8 @@ def _by_class(axes: Axes, outcome: Outcome) -> None:
     axes.set_xlabel("class named by the teacher", color=INK)
 
 
-def _style(axes: Axes, title: str, x: str, percent: bool = False) -> None:
+def style(axes: Axes, title: str, x: str, percent: bool = False) -> None:
+    """Title, labels, grid and colours, the same in all pictures."""
     axes.set_title(title, fontsize=11, color=INK)
     axes.set_xlabel(x, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -178,7 +187,8 @@ def _style(axes: Axes, title: str, x: str, percent: bool = False) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The figure as PNG bytes."""
     data = io.BytesIO()
     figure.savefig(data, format="png")
     return data.getvalue()

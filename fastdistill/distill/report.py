@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastdistill.distill import plots, results, store
@@ -17,6 +17,7 @@ MEANING = {
     "labels_only": "cross-entropy with the visible labels; no teacher",
     "distilled": "the teacher's outputs on all training images; no labels",
     "both": "the teacher's outputs on all training images, and the visible labels",
+    "hint_distilled": "its lower layers on the teacher's middle layer (FitNets), then as distilled",
 }
 
 STYLE = """
@@ -61,7 +62,7 @@ def table(figures: dict[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
         (
             "teacher",
-            f"{teacher['labelled']:,}",
+            "" if teacher["labelled"] is None else f"{teacher['labelled']:,}",
             f"{teacher['accuracy']:.1%}",
             "",
             f"{teacher['parameters']:,}",
@@ -93,7 +94,7 @@ def notes(figures: dict[str, Any]) -> list[str]:
     data, inference = figures["data"], figures["inference"]
     seeds = len(figures["students"][0]["seeds"])
     over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
-    return [
+    lines = [
         f"Accuracy on {data['test_images']:,} test images, {over}; agreement: share of them on "
         "which student and teacher name the same class.",
         "All students make as many optimiser steps, labels_only from its labelled images alone.",
@@ -101,55 +102,123 @@ def notes(figures: dict[str, Any]) -> list[str]:
         f"{figures['environment']['device']}, {inference['teacher_ms']:.2f} ms for the teacher, "
         f"{inference['student_ms']:.2f} ms for the student.",
     ]
+    students = {student["name"]: student for student in figures["students"]}
+    if "hint_distilled" in students:
+        lines.insert(2, _verdict(students["hint_distilled"], students.get("distilled")))
+    return lines
+
+
+def _verdict(hinted: dict[str, Any], plain: dict[str, Any] | None) -> str:
+    """Whether the hint helped, said plainly."""
+    spent = hinted["hint_epochs"]
+    text = f"hint_distilled spends {spent} of its {spent + hinted['epochs']} epochs on the hint."
+    if plain is None:
+        return text
+    gain = 100 * (hinted["accuracy_mean"] - plain["accuracy_mean"])
+    stds = [student["accuracy_std"] for student in (hinted, plain)]
+    spread = 100 * max((std for std in stds if std is not None), default=0.0)
+    if len(hinted["seeds"]) < 2:
+        return f"{text} Against distilled alone: {gain:+.1f} points, of one seed."
+    if gain <= 0:
+        return f"{text} The hint does not help here: {gain:+.1f} points against distilled alone."
+    if gain <= spread:
+        return (
+            f"{text} Against distilled alone: {gain:+.1f} points, within the spread of the seeds: "
+            "no gain can be claimed."
+        )
+    return f"{text} The hint gains {gain:.1f} points over distilled alone."
+
+
+CAPTIONS = {
+    "curves.png": "Lines are means over the seeds; bands run from the lowest to the highest.",
+    "agreement.png": "Left: on the test images, after each epoch. Right: at the end.",
+    "disagreement.png": "Green: the answer is the label. Red: it is not.",
+}
 
 
 def page(figures: dict[str, Any], pictures: dict[str, bytes]) -> str:
     """The HTML report: one file that needs no other, its images inside."""
     students = ", ".join(student["name"] for student in figures["students"])
-    captions = {
-        "curves.png": "Lines are means over the seeds; bands run from the lowest to the highest.",
-        "agreement.png": "Left: on the test images, after each epoch. Right: at the end.",
-        "disagreement.png": "Green: the answer is the label. Red: it is not.",
-    }
-    images = "".join(
-        f'<p><img alt="{name.removesuffix(".png")}" '
-        f'src="data:image/png;base64,{base64.b64encode(data).decode()}"><br>'
-        f"{captions[name]}</p>\n"
-        for name, data in pictures.items()
-    )
     data = figures["data"]
+    given = figures["teacher"]["labelled"] is None
+    teacher = "as it was given" if given else "cross-entropy with all labels"
+    meaning = {"teacher": teacher, **MEANING}
+    return document(
+        f"Distillation on {data['name']}",
+        "One teacher, and students of one small architecture trained in different ways: "
+        f"{students}.",
+        html_table(HEADINGS, table(figures), meaning),
+        notes(figures),
+        images(pictures, CAPTIONS),
+        {
+            "Settings": figures["settings"],
+            "Data and licences": {**data, "networks": figures["models"]},
+            "Environment": figures["environment"],
+        },
+    )
+
+
+def document(
+    title: str,
+    lead: str,
+    table: str,
+    notes: Iterable[str],
+    pictures: str,
+    facts: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """A page: text is escaped here, but `table` and `pictures`, which are HTML.
+
+    Args:
+        title: heading, and title of the page.
+        lead: one paragraph.
+        table: see `html_table`.
+        notes: one paragraph each.
+        pictures: see `images`.
+        facts: heading -> names and values.
+    """
+    sections = "".join(
+        f"<h2>{html.escape(heading)}</h2>\n{_facts(entries.items())}\n"
+        for heading, entries in facts.items()
+    )
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>fastdistill: {html.escape(data["name"])}</title>
+<title>fastdistill: {html.escape(title)}</title>
 <style>{STYLE}</style>
 </head>
 <body>
-<h1>Distillation on {html.escape(data["name"])}</h1>
-<p>One teacher, and students of one small architecture trained in different ways: {students}.</p>
-{_table(figures)}
-{"".join(f"<p>{html.escape(note)}</p>" for note in notes(figures))}
+<h1>{html.escape(title)}</h1>
+<p>{html.escape(lead)}</p>
+{table}
+{"".join(f"<p>{html.escape(note)}</p>" for note in notes)}
 <h2>Pictures</h2>
-{images}
-<h2>Settings</h2>
-{_facts(figures["settings"].items())}
-<h2>Data and licences</h2>
-{_facts([*data.items(), ("networks", figures["models"])])}
-<h2>Environment</h2>
-{_facts(figures["environment"].items())}
-</body>
+{pictures}
+{sections}</body>
 </html>
 """
 
 
-def _table(figures: dict[str, Any]) -> str:
-    head = "".join(f"<th>{heading}</th>" for heading in HEADINGS)
+def images(pictures: Mapping[str, bytes], captions: Mapping[str, str]) -> str:
+    """PNG files inside the page, each with its caption."""
+    return "".join(
+        f'<p><img alt="{name.removesuffix(".png")}" '
+        f'src="data:image/png;base64,{base64.b64encode(data).decode()}"><br>'
+        f"{captions[name]}</p>\n"
+        for name, data in pictures.items()
+    )
+
+
+def html_table(
+    headings: Iterable[str], rows: Iterable[tuple[str, ...]], meaning: Mapping[str, str]
+) -> str:
+    """A table; what each row's first cell means stands below it in small letters."""
+    head = "".join(f"<th>{heading}</th>" for heading in headings)
     body = ""
-    for name, *cells in table(figures):
-        meaning = MEANING.get(name, "cross-entropy with all labels")
-        body += f"<tr><td>{name}<small>{meaning}</small></td>"
+    for name, *cells in rows:
+        small = f"<small>{html.escape(meaning[name])}</small>"
+        body += f"<tr><td>{html.escape(name)}{small}</td>"
         body += "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>\n"
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
 

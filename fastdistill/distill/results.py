@@ -8,7 +8,7 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from fastdistill.distill.models import parameters
-from fastdistill.distill.workbench import Network, share
+from fastdistill.distill.workbench import HINT_DISTILLED, Network, hint_epochs, share
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,8 @@ def figures(outcome: Outcome) -> dict[str, Any]:
 
     Accuracies and agreements are fractions; spreads are standard deviations over the seeds with
     ddof = 1, null for one seed. Agreement: share of test images on which student and teacher name
-    the same class. compression: teacher's parameters over the student's.
+    the same class. compression: teacher's parameters over the student's. epochs and seconds_mean
+    of a student are without those of its hint.
     """
     import torch
 
@@ -37,7 +38,7 @@ def figures(outcome: Outcome) -> dict[str, Any]:
             "accuracy": accuracy(teacher, truth),
             "parameters": size,
             "labelled": teacher.labelled,
-            "epochs": len(teacher.curve),
+            "epochs": sum(entry["epoch"] > 0 for entry in teacher.curve),
             "seconds": _seconds(teacher),
         },
         "students": students,
@@ -49,7 +50,7 @@ def figures(outcome: Outcome) -> dict[str, Any]:
             "test_images": len(outcome.data.test),
             "image_shape": list(outcome.data.train.pixels.shape[1:]),
         },
-        "models": "Trained from scratch by this job; no pretrained weights are used.",
+        "models": _origin(outcome),
         "settings": outcome.config.settings(),
         "environment": outcome.environment,
     }
@@ -80,8 +81,25 @@ def _student(name: str, outcome: Outcome, truth: torch.Tensor, size: int) -> dic
         "compression": size / mine,
         "speed_up": outcome.inference["speed_up"],  # all students have one architecture
         "epochs": len(runs[0].curve),
+        "hint_epochs": hint_epochs(outcome.config)[0] if name == HINT_DISTILLED else 0,
         "seconds_mean": statistics.fmean(_seconds(run) for run in runs),
     }
+
+
+def _origin(outcome: Outcome) -> str:
+    """Where the networks' weights come from, a sentence."""
+    config = outcome.config
+    given = [
+        f"the {who}'s start from {path}"
+        for who, path in (
+            ("teacher", config.teacher_checkpoint),
+            ("students", config.student_checkpoint),
+        )
+        if path is not None
+    ]
+    if not given:
+        return "Trained from scratch by this job; no pretrained weights are used."
+    return f"Weights of the user's own: {' and '.join(given)}; their licence is not known here."
 
 
 def _spread(values: list[float]) -> float | None:
@@ -108,12 +126,12 @@ def students_csv(figures: dict[str, Any]) -> str:
         for student in figures["students"]
         for i, seed in enumerate(student["seeds"])
     ]
-    return _csv(rows)
+    return csv_text(rows)
 
 
 def curves_csv(outcome: Outcome) -> str:
     """One row per network and epoch; no agreement for the teacher."""
-    return _csv(
+    return csv_text(
         [
             {"name": network.name, "seed": network.seed, **{"agreement": None}, **entry}
             for network in (outcome.teacher, *outcome.students)
@@ -122,7 +140,8 @@ def curves_csv(outcome: Outcome) -> str:
     )
 
 
-def _csv(rows: list[dict[str, Any]]) -> str:
+def csv_text(rows: list[dict[str, Any]]) -> str:
+    """A table with one heading per key of the first row."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()

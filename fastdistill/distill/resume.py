@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
 from fastdistill.distill import environment
-from fastdistill.distill.config import Config
-from fastdistill.distill.data import Dataset
+from fastdistill.distill.checks import Settings
 from fastdistill.distill.directory import Directory, differences
 from fastdistill.distill.errors import JobError
 from fastdistill.distill.listener import Listener
+
+Config = TypeVar("Config", bound=Settings)
 
 
 def as_before(config: Config, explicit: Collection[str], earlier: dict[str, Any]) -> Config:
@@ -34,26 +35,28 @@ def as_before(config: Config, explicit: Collection[str], earlier: dict[str, Any]
     kept = dict(earlier["settings"])
     if "data" in explicit:
         del kept["data"]
-    return replace(config, **kept)
+    return cast(Config, replace(cast(Any, config), **kept))
 
 
 def begin(
     directory: Directory,
-    config: Config,
-    data: Dataset,
+    config: Settings,
+    sha256: str,
     earlier: dict[str, Any] | None,
     files: Iterable[str],
     listener: Listener,
+    weights: Mapping[str, str] | None = None,
 ) -> str:
     """Check that the data are the earlier run's, or start a new job; the job's id.
 
     Args:
         directory: locked.
         config: all settings.
-        data: loaded.
+        sha256: of the data.
         earlier: the manifest of the run to continue, None for a new job.
         files: names of the checkpoints that the job will write.
         listener: is told which of the two it is.
+        weights: sha256 of each file of weights that the job starts from, by setting.
 
     Raises:
         JobError: other data than before, or files in the way that no job wrote.
@@ -64,15 +67,19 @@ def begin(
             listener.say(f"Starting over: replacing the earlier run in {config.out}.")
         facts = {
             "settings": config.settings(),
-            "data_sha256": data.source.sha256,
+            "data_sha256": sha256,
             "threads": torch.get_num_threads(),
+            "weights_sha256": dict(weights or {}),
             "versions": versions,
         }
         return directory.start(files, facts)
-    if earlier["data_sha256"] != data.source.sha256:
+    if earlier["data_sha256"] != sha256:
         was, now = earlier["settings"]["data"], config.data
         changed = f"{was} in the earlier run, now {now}" if was != now else f"{now} has changed"
         _refuse(config.out, [f"data: {changed}"])
+    for name, found in (weights or {}).items():
+        if earlier.get("weights_sha256", {}).get(name) != found:
+            _refuse(config.out, [f"{name}: the file has changed"])
     for package, version in versions.items():
         was = earlier["versions"].get(package)
         if was != version:

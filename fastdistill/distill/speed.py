@@ -21,7 +21,7 @@ def compare(teacher: nn.Module, student: nn.Module, images: Tensor) -> dict[str,
     Args:
         teacher: in any mode; it is measured in evaluation and inference mode.
         student: the same.
-        images: [N, C, H, W] on the device of both; the first `BATCH` are used.
+        images: what both take, such as [N, C, H, W], on their device; the first `BATCH` are used.
 
     Returns:
         batch_size, repeats, teacher_ms and student_ms (medians), speed_up (their ratio).

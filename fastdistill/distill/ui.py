@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
@@ -58,7 +59,7 @@ class Terminal(Listener):
 
     def progress(self, network: str, epochs: int, curve: Curve) -> None:
         """Move both bars; a line for a network that is finished."""
-        figures = f"accuracy {curve[-1]['accuracy']:.1%}" if curve else ""
+        figures = _headline(curve[-1]) if curve else ""
         if self.current is None or self.current[0] != network:
             if self.current is not None:
                 self.bars.remove_task(self.current[1])
@@ -72,16 +73,33 @@ class Terminal(Listener):
             self.say(f"{network}: {figures}")
 
 
+def _headline(entry: dict[str, float]) -> str:
+    """The figure that one watches, of an entry of a curve."""
+    if "correlation" in entry:
+        return f"correlation {entry['correlation']:.3f}"
+    if "accuracy" in entry:
+        return f"accuracy {entry['accuracy']:.1%}"
+    return f"loss {entry['loss']:.4f}"
+
+
 def summary(figures: dict[str, Any], out: str) -> None:
-    """Print the table, its notes and where everything is."""
+    """Print the table of `fastdistill distill`, its notes and where everything is."""
+    notes = (*report.notes(figures), figures["data"]["licence"])
+    show(report.HEADINGS, report.table(figures), notes, out)
+
+
+def show(
+    headings: Iterable[str], rows: Iterable[tuple[str, ...]], notes: Iterable[str], out: str
+) -> None:
+    """Print a table, its notes and where everything is."""
     console = Console(highlight=False)
-    # narrow paddings: it has to fit in 80 columns
-    table = Table(*report.HEADINGS, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    # no paddings, as its columns are 2 apart: it has to fit in 80 columns
+    table = Table(*headings, box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     for column in table.columns[1:]:
         column.justify = "right"
-    for row in report.table(figures):
+    for row in rows:
         table.add_row(*row)
     console.print(table)
-    for line in (*report.notes(figures), figures["data"]["licence"]):
+    for line in notes:
         console.print(line, markup=False)
     console.print(f"Report: {out}/report.html", markup=False, soft_wrap=True)
