@@ -2,6 +2,7 @@
 // Included once per instruction set, inside that set's namespace.
 #pragma once
 #include "math.inl"
+#include "stream.inl"
 
 constexpr int kLanes = 16;  // every inner loop runs over a multiple of this: no scalar remainder
 
@@ -144,9 +145,9 @@ static const R* load(Type type, const void* row, int64_t first, int64_t n, R* bu
 }
 
 // Elements [first, first + n) of a row from `x`, rounded to nearest. `x` is overwritten where the
-// type is narrower.
+// type is narrower. `stream`: past the caches; the caller fences.
 template <class R>
-static void store(Type type, void* row, int64_t first, int64_t n, R* x) {
+static void store(Type type, void* row, int64_t first, int64_t n, R* x, bool stream = false) {
   char* to = static_cast<char*>(row) + first * size_of(type);
   uint16_t* narrow = reinterpret_cast<uint16_t*>(x);
   if (type == Type::bf16 || type == Type::f16) {
@@ -171,5 +172,10 @@ static void store(Type type, void* row, int64_t first, int64_t n, R* x) {
       __builtin_memcpy(single + i, lane, sizeof lane);
     }
   }
-  __builtin_memcpy(to, x, static_cast<size_t>(n * size_of(type)));
+  const int64_t bytes = n * size_of(type);
+  if (stream) {
+    stream_copy(to, reinterpret_cast<const char*>(x), bytes);
+  } else {
+    __builtin_memcpy(to, x, static_cast<size_t>(bytes));
+  }
 }
