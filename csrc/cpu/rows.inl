@@ -2,7 +2,6 @@
 // Included once per instruction set, inside that set's namespace.
 #pragma once
 #include "math.inl"
-#include "stream.inl"
 
 constexpr int kLanes = 16;  // every inner loop runs over a multiple of this: no scalar remainder
 
@@ -145,9 +144,9 @@ static const R* load(Type type, const void* row, int64_t first, int64_t n, R* bu
 }
 
 // Elements [first, first + n) of a row from `x`, rounded to nearest. `x` is overwritten where the
-// type is narrower. `stream`: past the caches; the caller fences.
+// type is narrower.
 template <class R>
-static void store(Type type, void* row, int64_t first, int64_t n, R* x, bool stream = false) {
+static void store(Type type, void* row, int64_t first, int64_t n, R* x) {
   char* to = static_cast<char*>(row) + first * size_of(type);
   uint16_t* narrow = reinterpret_cast<uint16_t*>(x);
   if (type == Type::bf16 || type == Type::f16) {
@@ -172,10 +171,5 @@ static void store(Type type, void* row, int64_t first, int64_t n, R* x, bool str
       __builtin_memcpy(single + i, lane, sizeof lane);
     }
   }
-  const int64_t bytes = n * size_of(type);
-  if (stream) {
-    stream_copy(to, reinterpret_cast<const char*>(x), bytes);
-  } else {
-    __builtin_memcpy(to, x, static_cast<size_t>(bytes));
-  }
+  __builtin_memcpy(to, x, static_cast<size_t>(n * size_of(type)));
 }

@@ -12,7 +12,6 @@ namespace {
 
 constexpr int64_t kSerialElements = 16384;  // below this a second thread costs more than it gives
 constexpr int64_t kHugePageBytes = 4 << 20;
-constexpr int64_t kStreamBytes = 32 << 20;  // no cache holds it until it is read
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -34,7 +33,6 @@ void run(const SoftmaxKernels& kernels, Kernel kernel, Args& args, void* out, in
   if (a.rows == 0) return;
   a.wide = in_double(a);
   const int64_t bytes = a.rows * a.cols * item_bytes(a.x.type);
-  a.stream = bytes >= kStreamBytes;
   if (bytes >= kHugePageBytes) advise_huge_pages(out, bytes);
   if (a.rows * a.cols < kSerialElements) threads = 1;
   const size_t scratch = (kernels.scratch_bytes(a) + 63) / 64 * 64;

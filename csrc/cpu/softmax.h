@@ -11,8 +11,7 @@ struct SoftmaxRows {
   const double* temperature;  // [rows], or [1] where `uniform`
   bool uniform;
   bool log;
-  bool wide;    // float64 arithmetic
-  bool stream;  // the output is written past the caches
+  bool wide;  // float64 arithmetic; the driver decides
 };
 
 struct SoftmaxArgs {
@@ -38,7 +37,6 @@ struct SoftmaxKernels {
   void (*backward)(const SoftmaxGradArgs&, int64_t begin, int64_t end, void* scratch);
 };
 
-// The drivers: `wide` and `stream` are theirs to decide.
 void softmax_forward(const SoftmaxKernels& kernels, SoftmaxArgs args, int threads);
 void softmax_backward(const SoftmaxKernels& kernels, SoftmaxGradArgs args, int threads);
 

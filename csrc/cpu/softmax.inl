@@ -11,6 +11,18 @@
 
 constexpr int64_t kSoftmaxBlock = 2048;  // classes: inputs, exponentials and output fit in L1
 
+// One value per lane: a scalar reduction would wait for each addition.
+template <class R>
+struct LaneSums {
+  alignas(64) R at[kLanes] = {};
+
+  FD_INLINE_MEMBER R total() {
+    for (int n = kLanes / 2; n > 0; n /= 2)
+      for (int j = 0; j < n; j++) at[j] += at[j + n];
+    return at[0];
+  }
+};
+
 template <class R>
 static R block_maximum(const R* __restrict x, int64_t n) {
   R m = -static_cast<R>(__builtin_inf());
@@ -19,52 +31,63 @@ static R block_maximum(const R* __restrict x, int64_t n) {
   return m;
 }
 
-// The sum of exp((x - from) / T), each kept in e where it is wanted.
+struct Following {  // what will be read next, and the bytes of its elements
+  const char* data;
+  int64_t bytes;
+};
+
+// The sum of e = exp((x - from) / T). What follows comes from memory while this computes: without
+// it the next maximum waits.
 template <class R, bool KEEP>
-static R block_exponentials(const R* __restrict x, int64_t n, R from, Exp<R> at_t,
-                            R* __restrict e) {
-  R sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; i++) {
-    const R v = at_t(x[i] - from);
-    if (KEEP) e[i] = v;
-    sum += v;
+static R block_exponentials(const R* __restrict x, int64_t n, R from, Exp<R> at_t, R* __restrict e,
+                            Following next) {
+  LaneSums<R> sum;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    __builtin_prefetch(next.data + i * next.bytes, 0, 2);  // into L2: L1 is full
+#pragma omp simd
+    for (int j = 0; j < kLanes; j++) {
+      const R v = at_t(x[i + j] - from);
+      if (KEEP) e[i + j] = v;
+      sum.at[j] += v;
+    }
   }
-  return sum;
+  return sum.total();
 }
 
-// The same exponentials, and the sum of g e.
-template <class R>
+// The same exponentials, and the sum of g e; of g for the logarithm.
+template <class R, bool LOG>
 static R block_dot(const R* __restrict x, const R* __restrict g, int64_t n, R from, Exp<R> at_t,
-                   R* __restrict e) {
-  R sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; i++) {
-    const R v = at_t(x[i] - from);
-    e[i] = v;
-    sum += g[i] * v;
+                   R* __restrict e, Following next_x, Following next_g) {
+  LaneSums<R> sum;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    __builtin_prefetch(next_x.data + i * next_x.bytes, 0, 2);
+    __builtin_prefetch(next_g.data + i * next_g.bytes, 0, 2);
+#pragma omp simd
+    for (int j = 0; j < kLanes; j++) {
+      const R v = at_t(x[i + j] - from);
+      e[i + j] = v;
+      sum.at[j] += LOG ? g[i + j] : g[i + j] * v;
+    }
   }
-  return sum;
+  return sum.total();
 }
 
-template <class R>
-static R block_sum(const R* __restrict g, int64_t n) {
-  R sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; i++) sum += g[i];
-  return sum;
-}
-
-// The sum of u (x - from), which a masked class, x = -inf, has no part in at any T.
-template <class R>
-static R block_moment(const R* __restrict u, const R* __restrict x, int64_t n, R from) {
-  R sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; i++) {
-    const R d = x[i] - from;
-    sum += d == -static_cast<R>(__builtin_inf()) ? R(0) : u[i] * d;
+// The sum of (x - from) (g - mean) e, or for the logarithm of (x - from) (g - mean e), in which a
+// masked class, x = -inf, has no part at any T. In double: it cancels down to a hundredth.
+template <class R, bool LOG>
+static double block_moment(const R* __restrict x, const R* __restrict g, const R* __restrict e,
+                           int64_t n, R from, double mean) {
+  LaneSums<double> sum;
+  for (int64_t i = 0; i < n; i += kLanes) {
+#pragma omp simd
+    for (int j = 0; j < kLanes; j++) {
+      const R d = x[i + j] - from;
+      const double v = e[i + j], w = g[i + j];
+      const double u = LOG ? w - v * mean : v * (w - mean);
+      sum.at[j] += d == -static_cast<R>(__builtin_inf()) ? 0.0 : u * static_cast<double>(d);
+    }
   }
-  return sum;
+  return sum.total();
 }
 
 FD_INLINE double statistic(const void* stats, bool is_double, int64_t i) {
@@ -126,12 +149,11 @@ struct SoftmaxPass {
     return left < kSoftmaxBlock ? left : kSoftmaxBlock;
   }
 
-  // What is read next, the next block or the next row, comes from memory while this one is
-  // computed: into L2, as L1 is full.
-  void fetch_ahead(const Rows& rows, const char* row, int64_t first) const {
+  // What comes after a block: the next one, or the next row.
+  Following after(const Rows& rows, const char* row, int64_t first) const {
+    const int64_t bytes = size_of(rows.type);
     const int64_t next = first + kSoftmaxBlock < a.cols ? first + kSoftmaxBlock : rows.step;
-    const int64_t size = size_of(rows.type), bytes = length(first) * size;
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + next * size + i, 0, 2);
+    return {row + next * bytes, bytes};
   }
 
   // Padding of a gradient is 0, not -inf: times an exponential of 0 it must stay out of the sums.
@@ -144,7 +166,7 @@ struct SoftmaxPass {
 
   void put(void* y, int64_t row, int64_t first, int64_t n) const {
     char* to = static_cast<char*>(y) + row * a.cols * size_of(a.x.type);
-    store(a.x.type, to, first, n, w.out, a.stream);
+    store(a.x.type, to, first, n, w.out);
   }
 
   template <bool LOG>
@@ -156,9 +178,9 @@ struct SoftmaxPass {
       const int64_t n = padded(length(first));
       const R* x = load(a.x.type, from, first, length(first), w.x);
       const R top = block_maximum(x, n);
-      fetch_ahead(a.x, from, first);
       const R base = top == -static_cast<R>(__builtin_inf()) ? R(0) : top;  // exp(-inf - 0) = 0
-      w.sum[blocks] = block_exponentials<R, !LOG>(x, n, base, t.exp, w.e + first);
+      w.sum[blocks] =
+          block_exponentials<R, !LOG>(x, n, base, t.exp, w.e + first, after(a.x, from, first));
       w.top[blocks] = top;
       m = top > m ? top : m;
     }
@@ -199,38 +221,32 @@ struct SoftmaxPass {
     for (int64_t first = 0; first < a.cols; first += kSoftmaxBlock) {
       const int64_t n = padded(length(first));
       const R* g = load_gradient(f.grad, at_g, first, length(first));
-      fetch_ahead(f.grad, at_g, first);
-      if (LOG) {
-        total += block_sum(g, n);
-      } else {
-        const R* x = load(a.x.type, at_x, first, length(first), w.x);
-        fetch_ahead(a.x, at_x, first);
-        total += block_dot(x, g, n, m, t.exp, w.e + first);
-      }
+      const R* x = load(a.x.type, at_x, first, length(first), w.x);
+      total += block_dot<R, LOG>(x, g, n, m, t.exp, w.e + first, after(a.x, at_x, first),
+                                 after(f.grad, at_g, first));
     }
-    const R mean = R(total / sum);
+    const double exact_mean = total / sum;
+    const R mean = R(exact_mean);
     const R inv_t = R(t.inv_t), factor = R(t.inv_t / sum);
     double moment = 0;
     for (int64_t first = 0; first < a.cols; first += kSoftmaxBlock) {
       const int64_t n = padded(length(first));
       const R* __restrict g = load_gradient(f.grad, at_g, first, length(first));
       R* __restrict out = w.out;
-      const R* x = nullptr;
-      if (LOG || f.grad_temperature) x = load(a.x.type, at_x, first, length(first), w.x);
-      if (LOG) {
-        const R* __restrict z = x;
+      const R* __restrict e = w.e + first;
 #pragma omp simd
-        for (int64_t i = 0; i < n; i++) out[i] = (g[i] - t.exp(z[i] - m) * mean) * inv_t;
-      } else {
-        const R* __restrict e = w.e + first;
-#pragma omp simd
-        for (int64_t i = 0; i < n; i++) out[i] = (e[i] * factor) * (g[i] - mean);
+      for (int64_t i = 0; i < n; i++)
+        out[i] = LOG ? (g[i] - e[i] * mean) * inv_t : e[i] * factor * (g[i] - mean);
+      if (f.grad_temperature) {
+        const R* x = load(a.x.type, at_x, first, length(first), w.x);
+        moment += block_moment<R, LOG>(x, g, e, n, m, exact_mean);
       }
-      if (f.grad_temperature) moment += block_moment(out, x, n, m);
       put(f.grad_x, row, first, length(first));
     }
-    if (f.grad_temperature)
-      put_statistic(f.grad_temperature, f.stats_double, row, -moment * t.inv_t);
+    if (f.grad_temperature) {
+      const double value = -moment * t.inv_t * t.inv_t / (LOG ? 1.0 : sum);
+      put_statistic(f.grad_temperature, f.stats_double, row, value);
+    }
   }
 
   template <bool LOG, bool FORWARD, class Args>
@@ -244,7 +260,6 @@ struct SoftmaxPass {
         backward<LOG>(f, row, t);
       }
     }
-    if (a.stream) stream_fence();
   }
 };
 

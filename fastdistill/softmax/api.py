@@ -82,9 +82,13 @@ class _SoftmaxGradient(torch.autograd.Function):
         need_temperature, scalar, log, _ = ctx.settings
         kept = torch.is_grad_enabled()
         with torch.enable_grad():
-            # Views, so that what requires a gradient only because of the reference ends here.
+            # Through views: what leads from one of them to another is not part of this node.
             grad, x, temperature = (
-                None if v is None else v.view_as(v) if v.requires_grad else v.requires_grad_()
+                None
+                if v is None
+                else v.view_as(v)
+                if v.requires_grad
+                else v.detach().requires_grad_()
                 for v in ctx.saved_tensors
             )
             y = reference.softmax(x, temperature, scalar, log)
