@@ -55,7 +55,7 @@ def bad_normalizer(value: float) -> str:
 
 
 def check_temperature(temperature: Tensor) -> None:
-    """Refuse temperatures that are not finite and > 0. Reads values: only for tensors on the CPU."""
+    """Refuse what is not finite and > 0. Reads values: only for tensors on the CPU."""
     bad = ~((temperature > 0) & temperature.isfinite())
     if bool(bad.any()):
         raise ValueError(

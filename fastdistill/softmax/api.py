@@ -1,4 +1,4 @@
-"""`temperature_softmax`, `temperature_log_softmax`: validate, choose a backend, run the fused op."""
+"""The temperature softmaxes: validate, choose a backend, run the fused op as a function."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def supports(dtype: object) -> bool:
 def softmax_fwd(
     x: Tensor, temperature: Tensor | None, scalar: float, log: bool
 ) -> tuple[Tensor, Tensor]:
-    """The op `fastdistill::softmax_fwd`. A bad temperature gives a NaN row: nothing synchronises."""
+    """The op `fastdistill::softmax_fwd`. A bad temperature gives a NaN row, no synchronisation."""
     y, stats = ops.allocate(x)
     rows, outer, step = _layout.strided_rows(x)
     t = _row_temperature(temperature)
