@@ -51,7 +51,9 @@ def test_softmax_masked_classes(backend, classes, function):
     assert (y[masked] == nothing).all() and (gx[masked] == 0).all()
     for i in range(6):
         keep = ~masked[i]
-        want = run("reference", function, x[i, keep].double(), t[i].double(), grad[i, keep].double())
+        want = run(
+            "reference", function, x[i, keep].double(), t[i].double(), grad[i, keep].double()
+        )
         torch.testing.assert_close(y[i, keep].double(), want[0], rtol=1e-6, atol=2e-6)
         torch.testing.assert_close(gx[i, keep].double(), want[1], rtol=1e-5, atol=2e-6)
         torch.testing.assert_close(gt[i].double(), want[2], rtol=1e-4, atol=1e-5)

@@ -1,7 +1,7 @@
 """Triton kernels of the temperature softmaxes and their launchers.
 
-A `_rows_` kernel keeps whole rows in registers and reads them once; a `_blocks_` kernel walks longer
-rows twice (the sums, then the results). How a row is read: fastdistill/_triton.py.
+A `_rows_` kernel keeps whole rows in registers and reads them once; a `_blocks_` kernel walks
+longer rows twice (the sums, then the results). How a row is read: fastdistill/_triton.py.
 
 Maxima on a GPU drop NaN, sums do not: each NaN, +inf or row of only -inf arrives as a NaN in the
 row's sums, and from there in all its results.

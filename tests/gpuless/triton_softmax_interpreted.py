@@ -104,7 +104,10 @@ def test_layouts(kernel: str) -> None:
         views = [base, base[:, :-1], base.transpose(0, 1), base[:1].expand(3, 4, cols)]
         views += [torch.randn(2, cols, 4).to(dtype).transpose(1, 2), base[0, 0]]
         for x in views:
-            for grad in (torch.randn(x.shape).to(dtype), torch.randn(cols).to(dtype).expand(x.shape)):
+            for grad in (
+                torch.randn(x.shape).to(dtype),
+                torch.randn(cols).to(dtype).expand(x.shape),
+            ):
                 for log in (False, True):
                     check(x, 2.0, log, grad)
                     check(x, torch.rand(x.shape[:-1]) + 0.5, log, grad)
