@@ -82,15 +82,7 @@ class _SoftmaxGradient(torch.autograd.Function):
         need_temperature, scalar, log, _ = ctx.settings
         kept = torch.is_grad_enabled()
         with torch.enable_grad():
-            # Through views: what leads from one of them to another is not part of this node.
-            grad, x, temperature = (
-                None
-                if v is None
-                else v.view_as(v)
-                if v.requires_grad
-                else v.detach().requires_grad_()
-                for v in ctx.saved_tensors
-            )
+            grad, x, temperature = map(_seen_alone, ctx.saved_tensors)
             y = reference.softmax(x, temperature, scalar, log)
             inputs = [x, temperature] if need_temperature else [x]
             first = torch.autograd.grad(y, inputs, grad, create_graph=True)
@@ -106,6 +98,15 @@ class _SoftmaxGradient(torch.autograd.Function):
             )
         of_temperature = second[2] if temperature is not None else None
         return second[0], second[1], of_temperature, *(None,) * 5
+
+
+def _seen_alone(v: Any) -> Any:
+    """A saved tensor through a view, so that what leads from one to another is not differentiated
+    twice; one that needs no gradient as a leaf that does.
+    """
+    if v is None:
+        return None
+    return v.view_as(v) if v.requires_grad else v.detach().requires_grad_()
 
 
 def temperature_softmax(x: Tensor, temperature: float | Tensor = 1.0, dim: int = -1) -> Tensor:
