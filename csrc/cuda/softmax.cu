@@ -10,7 +10,7 @@ namespace fd {
 namespace {
 
 constexpr int kWarpCols = 1024;  // up to here a warp takes a row: four chunks for each lane
-constexpr int kWarps = 4;        // of a block of such rows
+constexpr int kWarps = kThreadsOf<Warp> / kWarp;  // of a block of such rows
 
 int launch(void (*kernel)(SoftmaxParams), const SoftmaxParams& params, int64_t blocks, int threads,
            void* stream) {

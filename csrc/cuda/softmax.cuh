@@ -12,6 +12,11 @@ namespace fd {
 
 constexpr float kSoftmaxLog2e = 1.44269504088896340736f;
 
+template <class Group>
+constexpr int kThreadsOf = kMaxThreads;
+template <>
+constexpr int kThreadsOf<Warp> = 128;
+
 struct SoftmaxParams {  // SoftmaxGradArgs as the kernels want it
   const void *x, *grad;
   void* out;                                       // y, or the gradient of x
@@ -93,7 +98,7 @@ __device__ __forceinline__ float inverse_of(const SoftmaxParams& a, int64_t r) {
 }
 
 template <class E, class Group, bool LOG>
-__global__ void softmax_forward(const SoftmaxParams a) {
+__global__ void __launch_bounds__(kThreadsOf<Group>) softmax_forward(const SoftmaxParams a) {
   const int64_t r = Group::index();
   if (r >= a.rows) return;
   const SoftmaxRow<E> row(a, r);
@@ -122,16 +127,18 @@ __global__ void softmax_forward(const SoftmaxParams a) {
   for (int j = Group::rank(); j < row.chunks; j += Group::size()) {
     float x[kChunk];
     row.load_x(j, x);
+    float y[kChunk];
 #pragma unroll
-    for (float& v : x) {
-      v = LOG ? (v - found.max) * inverse - log_sum : exp2f((v - found.max) * exponent) * scale;
+    for (int i = 0; i < kChunk; i++) {
+      const float d = x[i] - found.max;
+      y[i] = LOG ? d * inverse - log_sum : exp2f(d * exponent) * scale;
     }
-    row.store(j, x);
+    row.store(j, y);
   }
 }
 
 template <class E, class Group, bool LOG>
-__global__ void softmax_backward(const SoftmaxParams a) {
+__global__ void __launch_bounds__(kThreadsOf<Group>) softmax_backward(const SoftmaxParams a) {
   const int64_t r = Group::index();
   if (r >= a.rows) return;
   const SoftmaxRow<E> row(a, r);

@@ -21,10 +21,9 @@ import triton_static as static
 from fastdistill.softmax import triton as softmax_triton
 
 ARCHITECTURES = {"sm_80": "sm_8", "sm_90": "sm_9", "sm_100": "sm_10", "gfx942": "gfx9"}
-F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 CASES = [
-    (100, BF16), (1000, F32), (2000, BF16), (4096, BF16), (8192, BF16), (8192, F32), (50257, BF16),
-    (50257, F16), (50257, F32), (50257, F64),
+    (100, BF16), (1000, F32), (4096, BF16), (8192, BF16), (50257, BF16), (50257, F64),
 ]  # fmt: skip
 
 
