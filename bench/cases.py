@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ class Inputs(NamedTuple):
 class Contender(NamedTuple):
     """One way to compute the op."""
 
-    loss: Callable[[Inputs], Tensor]
+    loss: Callable[[Inputs], Any]  # with .backward() and .detach()
     truth: tuple[float, float] = (HARD_WEIGHT, SOFT_WEIGHT)  # weights of what it should compute
     passes: int = 3  # arrays of the logits' size that any implementation has to move
     unavailable: str | None = None
@@ -42,6 +42,7 @@ class Op(NamedTuple):
     inputs: Callable[..., Inputs]
     contenders: Callable[[str, str], dict[str, Contender]]  # (device, dtype) -> in this order
     truth: Callable[..., Iterator[tuple[int, int, Tensor, Tensor]]]
+    limited: bool = True  # limits.py knows the limit of a fused loss only
 
 
 def kd_inputs(shape: tuple[int, ...], dtype: str, device: str) -> Inputs:
@@ -84,7 +85,8 @@ def kd_contenders(device: str, dtype: str) -> dict[str, Contender]:
         found = {"fastdistill": Contender(kd_fastdistill, unavailable=refusals["cpu"])}
     else:
         found = {
-            name: Contender(_under(name), unavailable=refusals[name]) for name in ("triton", "cuda")
+            name: Contender(_under(name, kd_fastdistill), unavailable=refusals[name])
+            for name in ("triton", "cuda")
         }
     compiled = torch.compile(kd_eager, dynamic=False)
     return {
@@ -99,10 +101,10 @@ def kd_contenders(device: str, dtype: str) -> dict[str, Contender]:
     }
 
 
-def _under(backend: str) -> Callable[[Inputs], Tensor]:
-    def loss(x: Inputs) -> Tensor:
+def _under(backend: str, call: Callable[[Inputs], Any]) -> Callable[[Inputs], Any]:
+    def loss(x: Inputs) -> Any:
         with fastdistill.backend(backend):
-            return kd_fastdistill(x)
+            return call(x)
 
     return loss
 
@@ -131,6 +133,73 @@ def kd_truth(
         yield begin, end, part.detach(), gradient
 
 
+class Weighted(NamedTuple):
+    """Stands for the scalar (y g).sum(), whose gradient in y is g: the product itself, which is no
+    part of a softmax, is not timed.
+    """
+
+    y: Tensor
+    g: Tensor
+
+    def backward(self) -> None:
+        self.y.backward(self.g)
+
+    def detach(self) -> Tensor:
+        return (self.y.detach().double() * self.g.double()).sum()
+
+
+def softmax_inputs(shape: tuple[int, ...], dtype: str, device: str) -> Inputs:
+    """`student` is x; in place of a teacher's logits, the gradient of the output."""
+    x = kd_inputs(shape, dtype, device)
+    return x._replace(student=x.student.detach().mul(3).requires_grad_())
+
+
+def softmax_fastdistill(x: Inputs) -> Weighted:
+    """The public call."""
+    return Weighted(fastdistill.temperature_softmax(x.student, TEMPERATURE), x.teacher)
+
+
+def softmax_eager(s: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+    """As people write it in PyTorch."""
+    return torch.softmax(s / temperature, -1)
+
+
+def softmax_contenders(device: str, dtype: str) -> dict[str, Contender]:
+    """As `kd_contenders`. Five arrays move: x and y; x, the gradient of y and that of x."""
+    case = _backend.Case(device, (DTYPES[dtype],), False)
+    refusals = _backend.reasons("temperature_softmax", case)
+    if device == "cpu":
+        found = {"fastdistill": Contender(softmax_fastdistill, unavailable=refusals["cpu"])}
+    else:
+        found = {
+            name: Contender(_under(name, softmax_fastdistill), unavailable=refusals[name])
+            for name in ("triton", "cuda")
+        }
+    compiled = torch.compile(softmax_eager, dynamic=False)
+    everything = {
+        **found,
+        "eager": Contender(lambda x: Weighted(softmax_eager(x.student), x.teacher)),
+        "compile": Contender(lambda x: Weighted(compiled(x.student), x.teacher)),
+        # The negative control: the temperature forgotten.
+        "wrong": Contender(lambda x: Weighted(softmax_eager(x.student, 1.0), x.teacher)),
+    }
+    return {name: c._replace(passes=5) for name, c in everything.items()}
+
+
+def softmax_truth(
+    x: Inputs, *_: float, elements: int = 1 << 17
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """As `kd_truth`, of (y g).sum()."""
+    rows, classes = x.student.shape
+    step = max(1, elements // classes)
+    for begin in range(0, rows, step):
+        end = min(rows, begin + step)
+        s = x.student.detach()[begin:end].double().requires_grad_()
+        part = (softmax_eager(s) * x.teacher[begin:end].double()).sum()
+        (gradient,) = torch.autograd.grad(part, s)
+        yield begin, end, part.detach(), gradient
+
+
 OPS = {
     "kd": Op(
         name="kd",
@@ -138,5 +207,13 @@ OPS = {
         inputs=kd_inputs,
         contenders=kd_contenders,
         truth=kd_truth,
+    ),
+    "softmax": Op(
+        name="softmax",
+        shapes=[(512, 32000), (2048, 1024), (8192, 100), (128, 10)],
+        inputs=softmax_inputs,
+        contenders=softmax_contenders,
+        truth=softmax_truth,
+        limited=False,
     ),
 }

@@ -105,7 +105,7 @@ def _finish(figure, axes, row: dict, results: dict, path: Path) -> None:
     about = results["environments"][row["environment"]]
     where = about.get("gpu") or f"{about['cpu']}, {about['isa']}"
     figure.suptitle(
-        f"{row['op']}_loss {row['dtype']}: {where}, torch {about['torch']}, {about['date'][:10]}",
+        f"{row['op']} {row['dtype']}: {where}, torch {about['torch']}, {about['date'][:10]}",
         fontsize=10,
     )
     axes[0].legend(fontsize=7, frameon=False, loc="upper right")

@@ -55,7 +55,9 @@ def _rows(op: Op, spec: dict, inputs: dict[str, Inputs], peaks: dict) -> list[di
         if cuda:
             for name, c in contenders.items():
                 peaks[dtype, name] = memory.cuda_peak(c, x)
-        pieces = limits.cuda_steps(x, cuda) if cuda else limits.cpu_steps(x)
+        pieces = {}
+        if op.limited:
+            pieces = limits.cuda_steps(x, cuda) if cuda else limits.cpu_steps(x)
         about[dtype] = {
             "contenders": contenders,
             "skipped": skipped,

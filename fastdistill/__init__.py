@@ -4,5 +4,14 @@ from fastdistill import nn
 from fastdistill._backend import backend
 from fastdistill._version import __version__
 from fastdistill.kd import KDLossParts, kd_loss
+from fastdistill.softmax import temperature_log_softmax, temperature_softmax
 
-__all__ = ["KDLossParts", "__version__", "backend", "kd_loss", "nn"]
+__all__ = [
+    "KDLossParts",
+    "__version__",
+    "backend",
+    "kd_loss",
+    "nn",
+    "temperature_log_softmax",
+    "temperature_softmax",
+]

@@ -25,6 +25,7 @@ class Case(NamedTuple):
     device: str  # "cpu", "cuda", ...
     dtypes: tuple[object, ...]  # the element types of the op's inputs, in the op's own order
     transforms: bool  # a functorch transform or forward-mode AD is active
+    row_temperature: bool = False  # the temperature is a tensor, one for each row
 
 
 Refusal = Callable[[Case], "str | None"]

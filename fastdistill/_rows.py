@@ -54,6 +54,21 @@ def bad_normalizer(value: float) -> str:
     return f"normalizer: expected a finite number > 0, got {value}"
 
 
+def check_temperature(temperature: Tensor) -> None:
+    """Refuse what is not finite and > 0. Reads values: only for tensors on the CPU."""
+    bad = ~((temperature > 0) & temperature.isfinite())
+    if bool(bad.any()):
+        raise ValueError(
+            f"temperature: expected finite values > 0, got {float(temperature[bad][0])}"
+        )
+
+
+def valid_temperature(temperature: Tensor) -> Tensor:
+    """NaN in place of what `check_temperature` would refuse: no synchronisation, a NaN row."""
+    valid = (temperature > 0) & (temperature < float("inf"))
+    return torch.where(valid, temperature, float("nan"))
+
+
 def row_scale(
     logits: Tensor,
     labels: Tensor | None,

@@ -9,7 +9,8 @@ import torch
 
 import fastdistill
 from fastdistill import _native
-from fastdistill.kd import ops
+from fastdistill.kd import ops as kd_ops
+from fastdistill.softmax import ops as softmax_ops
 
 sys.path.append(str(Path(__file__).with_name("gpuless")))
 import cuda_emulation as emulation
@@ -64,15 +65,19 @@ def cpu():
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch):
     """Every output of an op starts as NaN: what a kernel does not write shows."""
-    allocate = ops.allocate
 
-    def poisoned(*args):
-        outputs = allocate(*args)
-        for x in outputs:
-            x.fill_(float("nan"))
-        return outputs
+    def poison(allocate):
+        def poisoned(*args):
+            outputs = allocate(*args)
+            for x in outputs:
+                x.fill_(float("nan"))
+            return outputs
 
-    monkeypatch.setattr(ops, "allocate", poisoned)
+        return poisoned
+
+    for ops in (kd_ops, softmax_ops):
+        for name in [n for n in vars(ops) if n.startswith("allocate")]:
+            monkeypatch.setattr(ops, name, poison(getattr(ops, name)))
 
 
 @pytest.fixture(autouse=True)

@@ -135,6 +135,15 @@ def test_bench_truth_is_the_formula():
     torch.testing.assert_close(torch.cat([piece[3] for piece in pieces]), student.grad)
 
 
+@needs_kernels
+def test_bench_softmax(same_threads):
+    """Right next to torch's, and without the temperature wrong."""
+    found = worker.measure(spec(op="softmax", contenders=["fastdistill", "eager", "wrong"]))
+    for row in found["rows"]:
+        assert row["right"] == {"fastdistill": True, "eager": True, "wrong": False}
+        assert row["limit"] is None
+
+
 def test_bench_counts_nan_as_wrong():
     assert errors.acceptable({"loss": 0.0, "gradient": 1e-6}, "fp32")
     assert not errors.acceptable({"loss": float("nan"), "gradient": 0.0}, "fp32")

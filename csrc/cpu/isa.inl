@@ -11,10 +11,12 @@ namespace FD_ISA {
 
 #include "bench.inl"
 #include "kd.inl"
+#include "softmax.inl"
 
 extern const Kernels kernels;
 const Kernels kernels = {
     {kd_scratch_bytes, kd_group_rows, kd_forward, kd_scale},
+    {softmax_scratch_bytes, softmax_forward, softmax_backward},
     {exp_loop, read_read_write},
 };
 

@@ -82,7 +82,7 @@ def kd_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = None,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     hard_weight: float = 0.0,
     soft_weight: float = 1.0,
     divergence: str = "forward_kl",
@@ -114,7 +114,11 @@ def kd_loss(
             whose label is `ignore_index` contributes to neither term, also at `hard_weight` 0: a
             batch that is labelled only in part takes two calls (soft on all rows without labels;
             hard on the labelled rows with `soft_weight=0`).
-        temperature: T > 0.
+        temperature: T > 0: a number, or a floating tensor with one temperature for each row, [...],
+            which gets a gradient where it requires one, that of T^2 included (learned and adaptive
+            temperatures). Nothing is broadcast: one learned scalar for all rows is
+            `scalar.expand(...)`. Of a dropped row it is not looked at. A tensor is computed by the
+            reference backend; the compiled ones refuse it so far.
         hard_weight: weight of the cross-entropy with the labels (at temperature 1).
         soft_weight: weight of the divergence between teacher and student. A term of weight 0 is
             not computed.
@@ -170,6 +174,11 @@ def kd_loss(
         raise ValueError(f"student_logits: expected at least one class, got shape {list(shape)}")
     rows = student.shape[:-1]
 
+    row_temperature = None
+    if isinstance(temperature, Tensor):
+        row_temperature = _validate.floating("temperature", temperature)
+        _validate.per_row("temperature", row_temperature, rows, device, ROWS_OF)
+        temperature = 1.0
     temperature, hard_weight, soft_weight, label_smoothing = check_settings(
         temperature, hard_weight, soft_weight, divergence, scale_t2, ignore_index,
         label_smoothing, reduction,
@@ -191,7 +200,10 @@ def kd_loss(
         reduction = "sum"
 
     case = _backend.Case(
-        device.type, (student.dtype, teacher.dtype), _torch_private.transforms_active()
+        device.type,
+        (student.dtype, teacher.dtype),
+        _torch_private.transforms_active(),
+        row_temperature is not None,
     )
     backend = _backend.choose(OP, case)
     args = (
@@ -199,7 +211,7 @@ def kd_loss(
         divergence, scale_t2, ignore_index, label_smoothing, reduction, divisor,
     )  # fmt: skip
     if backend == "reference":
-        loss, hard, soft = reference.kd_loss(student, *args)
+        loss, hard, soft = reference.kd_loss(student, *args, row_temperature)
     elif student.requires_grad and torch.is_grad_enabled():
         # An empty sum: it leads to the student and keeps none of its memory.
         anchor = None if torch.compiler.is_compiling() else student.narrow(-1, 0, 0).sum()
@@ -265,6 +277,20 @@ def _divisor(
     return 1.0, None
 
 
+def _refuse_row_temperature(case: _backend.Case) -> str | None:
+    if case.row_temperature:
+        return 'its temperature is one number for all rows; backend("reference") takes a tensor'
+    return None
+
+
+def _refuse_triton(case: _backend.Case) -> str | None:
+    return _refusals.triton(case) or _refuse_row_temperature(case)
+
+
+def _refuse_cpu(case: _backend.Case) -> str | None:
+    return _refusals.cpu(case) or _refuse_row_temperature(case)
+
+
 def _refuse_cuda(case: _backend.Case) -> str | None:
     student, teacher = case.dtypes
     problem = None
@@ -273,15 +299,15 @@ def _refuse_cuda(case: _backend.Case) -> str | None:
             "it takes logits of one type (float32, bfloat16 or float16), or one of the 16-bit "
             f"types together with float32; not {student} with {teacher}"
         )
-    return _refusals.cuda(case, problem)
+    return _refusals.cuda(case, problem) or _refuse_row_temperature(case)
 
 
 _backend.register(
     OP,
     {
-        "triton": _refusals.triton,
+        "triton": _refuse_triton,
         "cuda": _refuse_cuda,
-        "cpu": _refusals.cpu,
+        "cpu": _refuse_cpu,
         "reference": _refusals.nothing,
     },
 )

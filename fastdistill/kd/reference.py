@@ -38,11 +38,15 @@ def kd_loss(
     label_smoothing: float,
     reduction: str,
     divisor: float,
+    row_temperature: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, hard, soft) of logits [..., V]; the arguments of the op `fastdistill::kd_fwd`."""
-    if student.device.type == "cpu" and not (
+    """(loss, hard, soft) of logits [..., V]; the arguments of the op `fastdistill::kd_fwd`, and
+    `row_temperature` [...], which takes the place of the number.
+    """
+    readable = student.device.type == "cpu" and not (
         torch.compiler.is_compiling() or _torch_private.transforms_active()
-    ):
+    )
+    if readable:
         _rows.check_values(labels, mask, row_weight, normalizer, student.shape[-1], ignore_index)
     double = torch.float64 in (student.dtype, teacher.dtype)
     dtype = torch.float64 if double else torch.float32
@@ -54,14 +58,23 @@ def kd_loss(
     s = torch.where(keep, student.to(dtype), 0.0)
     t = torch.where(keep, teacher.detach().to(dtype), 0.0)
 
+    of_class: float | Tensor = temperature  # T as it meets [..., V], and as it meets [...]
+    of_row: float | Tensor = temperature
+    if row_temperature is not None:
+        kept = torch.where(keep.squeeze(-1), row_temperature, 1.0)
+        if readable:
+            _rows.check_temperature(kept)
+        of_row = _rows.valid_temperature(kept).to(dtype)
+        of_class = of_row.unsqueeze(-1)
+
     hard = soft = torch.zeros_like(scale)
     if hard_weight != 0:
         assert labels is not None  # api.py has refused the call otherwise
         hard = _hard(s, labels, label_smoothing)
     if soft_weight != 0:
-        soft = DIVERGENCES[divergence](s, t, temperature)
+        soft = DIVERGENCES[divergence](s, t, of_class)
         if scale_t2:
-            soft = soft * temperature**2
+            soft = soft * of_row**2
     if hard_weight == 0 and soft_weight == 0:  # a loss of nothing is 0, and differentiable
         soft = (s * 0).nan_to_num().sum(-1)
     loss, hard, soft = rows.reduce_rows(hard, soft, scale, hard_weight, soft_weight, reduction)
@@ -79,17 +92,27 @@ def _hard(s: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
     return row.reshape(labels.shape)
 
 
-def _ratio(s: Tensor, t: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def _over(x: Tensor, temperature: float | Tensor) -> Tensor:
+    """X / T. What is infinite stays so at every T, and has no part in the gradient of a tensor T:
+    0 times infinity would make it NaN.
+    """
+    if not isinstance(temperature, Tensor):
+        return x / temperature
+    odd = ~x.isfinite()
+    return torch.where(odd, x / temperature.detach(), torch.where(odd, 0.0, x) / temperature)
+
+
+def _ratio(s: Tensor, t: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Q = softmax(s/T), p = softmax(t/T) and u = log q - log p, each [..., V].
 
     u is formed by differencing the logits first: as the difference of two log-softmaxes it loses
     8 % of the divergence at teacher = student + 1e-5.
     """
     m_s, m_t = s.detach().amax(-1, keepdim=True), t.amax(-1, keepdim=True)
-    e_s = ((s - m_s) / temperature).exp()
-    e_t = ((t - m_t) / temperature).exp()
+    e_s = _over(s - m_s, temperature).exp()
+    e_t = _over(t - m_t, temperature).exp()
     z_s, z_t = e_s.sum(-1, keepdim=True), e_t.sum(-1, keepdim=True)
-    u = ((s - t) - (m_s - m_t)) / temperature - torch.log1p((z_s - z_t) / z_t)
+    u = _over((s - t) - (m_s - m_t), temperature) - torch.log1p((z_s - z_t) / z_t)
     return e_s / z_s, e_t / z_t, u
 
 
@@ -109,13 +132,13 @@ def _bregman(p: Tensor, q: Tensor, u: Tensor) -> Tensor:
     return torch.where(out, q, torch.where(near, p * v * v * series, (q - p) - p * far))
 
 
-def _forward_kl(s: Tensor, t: Tensor, temperature: float) -> Tensor:
+def _forward_kl(s: Tensor, t: Tensor, temperature: float | Tensor) -> Tensor:
     """KL(p || q) = sum p log(p / q), p the teacher's and q the student's distribution."""
     q, p, u = _ratio(s, t, temperature)
     return _bregman(p, q, u).sum(-1)
 
 
-def _reverse_kl(s: Tensor, t: Tensor, temperature: float) -> Tensor:
+def _reverse_kl(s: Tensor, t: Tensor, temperature: float | Tensor) -> Tensor:
     """KL(q || p) = sum q log(q / p). Where it is infinite its gradient is NaN for the whole row."""
     q, p, u = _ratio(s, t, temperature)
     row = _bregman(q, p, -u).sum(-1)
@@ -125,12 +148,12 @@ def _reverse_kl(s: Tensor, t: Tensor, temperature: float) -> Tensor:
     return torch.where(infinite, row + nan_gradient, row)
 
 
-def _cross_entropy(s: Tensor, t: Tensor, temperature: float) -> Tensor:
+def _cross_entropy(s: Tensor, t: Tensor, temperature: float | Tensor) -> Tensor:
     """H(p, q) = - sum p log q: the soft-target term of the textbook."""
     m = s.detach().amax(-1, keepdim=True)
-    x = (s - m) / temperature
+    x = _over(s - m, temperature)
     surprise = x.exp().sum(-1, keepdim=True).log() - x
-    p = torch.softmax(t / temperature, -1)
+    p = torch.softmax(_over(t, temperature), -1)
     out = p == 0
     return torch.where(out, 0.0, p * torch.where(out, 0.0, surprise)).sum(-1)
 

@@ -4,12 +4,7 @@ Two forward kernels share their arithmetic: `_kd_rows_kernel` keeps whole rows i
 reads them once; `_kd_blocks_kernel` walks longer rows twice (the sums, then terms and gradient).
 `_kd_scale_kernel` is the backward.
 
-How a row is read. Its classes are cut into vectors of VEC that begin at multiples of 16 bytes; the
-up to VEC - 1 classes before the first and after the last vector are the row's ends, one small
-tile. So accesses are 128 bits wide at every V (50257 begins each row at another offset), a vector
-is masked as a whole, and one compiled kernel serves all V. Tiles are [.., LANES, VEC], a vector to
-a thread: the online softmax reduces over VEC inside threads and keeps a state per lane, which meet
-once, after the last block.
+How a row is read: fastdistill/_triton.py.
 
 Maxima on a GPU drop NaN, sums do not: each NaN, +inf or row of only -inf arrives as a NaN in the
 row's sums, and from there in all its results.
@@ -17,9 +12,7 @@ row's sums, and from there in all its results.
 
 from __future__ import annotations
 
-import math
 from functools import cache
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,6 +20,28 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdistill import _layout, _rows
+from fastdistill._triton import ANY as _ANY
+from fastdistill._triton import LOG2E, Config
+from fastdistill._triton import NARROW_COLS as _NARROW_COLS
+from fastdistill._triton import Begins as _Begins
+from fastdistill._triton import advance as _advance
+from fastdistill._triton import architecture as _architecture
+from fastdistill._triton import begins as _begins
+from fastdistill._triton import ends as _ends
+from fastdistill._triton import first_vector as _first_vector
+from fastdistill._triton import head as _head
+from fastdistill._triton import join_lanes as _join_lanes
+from fastdistill._triton import load as _load
+from fastdistill._triton import longest as _longest
+from fastdistill._triton import max_row as _max_row
+from fastdistill._triton import options as _options
+from fastdistill._triton import power_of_two_at_least as _power_of_two_at_least
+from fastdistill._triton import program_rows as _program_rows
+from fastdistill._triton import row_start as _row_start
+from fastdistill._triton import scalar as _scalar
+from fastdistill._triton import shift as _shift
+from fastdistill._triton import sum_row as _sum_row
+from fastdistill._triton import vectors as _vectors
 from fastdistill.kd import ops
 
 NO_DIVERGENCE = tl.constexpr(0)
@@ -35,7 +50,6 @@ REVERSE_KL = tl.constexpr(2)
 CROSS_ENTROPY = tl.constexpr(3)
 _DIVERGENCES = {"forward_kl": 1, "reverse_kl": 2, "cross_entropy": 3}
 
-LOG2E = tl.constexpr(math.log2(math.e))
 NEAR = tl.constexpr(0.1)
 """|u| below which exp(u) - 1 - u is summed as a series: as a difference it would cancel."""
 
@@ -154,62 +168,6 @@ def _tile(
 
 
 @triton.jit
-def _scalar(x, DTYPE: tl.constexpr):
-    """An argument in the type of the arithmetic. It comes as float64; "float" is float32."""
-    return tl.full((), x, DTYPE)
-
-
-@triton.jit
-def _row_start(row, inner, outer, step, NESTED: tl.constexpr):
-    """The element at which the int64 row begins; see fastdistill._layout."""
-    if NESTED:
-        start = (row // inner) * outer + (row % inner) * step
-    else:
-        start = row * step
-    return start
-
-
-@triton.jit
-def _head(start, shift, cols, VEC: tl.constexpr, ENDS: tl.constexpr):
-    """How many classes lie before the row's first vector; `shift` is where element 0 lies in its
-    own vector.
-    """
-    if ENDS:
-        head = tl.minimum((-(start + shift)) & (VEC - 1), cols).to(tl.int32)
-    else:
-        head = (start * 0).to(tl.int32)
-    return head
-
-
-@triton.jit
-def _first_vector(ptr, at, ALIGNED: tl.constexpr, VEC: tl.constexpr):
-    """The pointer to element `at`. The hint makes accesses from there 128 bits wide.
-
-    It is on a value made here: on an argument it would be lost when the function is inlined.
-    """
-    ptr = ptr + at
-    if ALIGNED and VEC > 1:
-        if len(ptr.shape) == 0:
-            ptr = tl.multiple_of(ptr, 16)
-        else:
-            ptr = tl.multiple_of(ptr, (16, 16, 16))
-    return ptr
-
-
-@triton.jit
-def _ends(head, vectors, cols, VEC: tl.constexpr):
-    """(columns, mask) of the classes outside the row's vectors, as [1, 2 VEC]."""
-    i = tl.arange(0, 2 * VEC)[None, :]
-    column = tl.where(i < VEC, i, head + vectors * VEC + (i - VEC))
-    return column, tl.where(i < VEC, i < head, column < cols)
-
-
-@triton.jit
-def _load(ptr, mask, DTYPE: tl.constexpr):
-    return tl.load(ptr, mask=mask, other=-float("inf")).to(DTYPE)
-
-
-@triton.jit
 def _label(labels_ptr, s_ptr, start, row, kept, cols, DTYPE: tl.constexpr):
     """(label, its logit). A label that is no class reads nothing: its row's factor is NaN."""
     label = tl.load(labels_ptr + row, mask=kept, other=0)
@@ -267,50 +225,6 @@ def _store_parts(
 
 # ----------------------------------------------------------------------------------------------
 # Rows in registers.
-
-
-@triton.jit
-def _max_row(x):
-    """Over the classes: [ROWS, LANES, VEC] to [ROWS, 1, 1], [LANES, VEC] to a scalar."""
-    if len(x.shape) == 3:
-        m = tl.max(tl.max(x, 2, keep_dims=True), 1, keep_dims=True)
-    else:
-        m = tl.max(tl.max(x, 1), 0)
-    return m
-
-
-@triton.jit
-def _sum_row(x):
-    """As `_max_row`."""
-    if len(x.shape) == 3:
-        a = tl.sum(tl.sum(x, 2, keep_dims=True), 1, keep_dims=True)
-    else:
-        a = tl.sum(tl.sum(x, 1), 0)
-    return a
-
-
-@triton.jit
-def _program_rows(ROWS: tl.constexpr):
-    """This program's rows, int64: a scalar, or [ROWS, 1, 1].
-
-    One row is not a tile of one: such tiles fold into scalars, and hints of rank 3 with them,
-    which ends the compiler (Triton 3.7).
-    """
-    row = tl.program_id(0).to(tl.int64)
-    if ROWS > 1:
-        row = row * ROWS + tl.arange(0, ROWS)[:, None, None]
-    return row
-
-
-@triton.jit
-def _vectors(ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
-    """(lane, element) of each element of a tile, [LANES, VEC] or [ROWS, LANES, VEC]."""
-    lane = tl.arange(0, LANES)[:, None]
-    element = lane * VEC + tl.arange(0, VEC)[None, :]
-    if ROWS > 1:
-        lane = lane[None, :, :]
-        element = element[None, :, :]
-    return lane, element
 
 
 @triton.jit
@@ -477,19 +391,6 @@ def _kd_rows_kernel(
 def _clipped_difference(s, t, e):
     """S - t within +-HUGE where the class has weight, else 0."""
     return tl.where(e > 0.0, tl.minimum(tl.maximum(s - t, -HUGE), HUGE), 0.0)
-
-
-@triton.jit
-def _advance(x, m):
-    """(new maximum of each lane, the same with 0 for -inf): -inf - -inf would be NaN."""
-    m = tl.maximum(m, tl.max(x, 1))
-    return m, tl.where(m == -float("inf"), 0.0, m)
-
-
-@triton.jit
-def _join_lanes(a, m_lanes, x, m, scale):
-    """The row's sum from the lanes' sums `a` at maxima `m_lanes`, and from the ends `x`."""
-    return tl.sum(a * tl.exp2((m_lanes - m) * scale), 0) + tl.sum(tl.exp2((x - m) * scale))
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -693,13 +594,6 @@ def _scaled(x, factor):
     return tl.where(x == 0.0, x, x * factor)
 
 
-@triton.jit
-def _longest(vectors):
-    if len(vectors.shape) == 3:
-        vectors = tl.max(vectors)
-    return vectors
-
-
 @triton.jit(do_not_specialize=["total", "rows", "cols", "shift"])
 def _kd_scale_kernel(
     grad_ptr,  # [total]
@@ -745,21 +639,6 @@ def _kd_scale_kernel(
 # The launchers.
 
 
-class Config(NamedTuple):
-    """How a forward kernel is launched."""
-
-    cols: int  # the most classes it is for
-    in_registers: bool  # _kd_rows_kernel, or else _kd_blocks_kernel
-    block: int  # elements of a tile: of one block, or of all the rows of a program
-    warps: int
-    registers: int | None  # the most per thread, on NVIDIA
-    reverse: bool = True  # also for reverse KL, which keeps more values alive
-
-
-_ANY = 1 << 62
-_NARROW_COLS = 64
-"""Rows up to this length are read element by element: their ends would be most of them."""
-
 _SINGLE = (
     Config(_NARROW_COLS, True, 512, 4, 128),
     Config(512, True, 1024, 4, 168),
@@ -797,54 +676,9 @@ CONFIGS: dict[tuple[str, str], tuple[Config, ...]] = {
 
 
 @cache
-def _architecture(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "sm_9"  # the interpreter
-    if torch.version.hip:
-        return "gfx9"
-    major, _ = torch.cuda.get_device_capability(device)
-    return f"sm_{min(max(major, 8), 10)}"
-
-
-@cache
 def _config(device: torch.device, double: bool, cols: int, reverse: bool) -> Config:
     table = CONFIGS[_architecture(device), "double" if double else "single"]
     return next(c for c in table if cols <= c.cols and (c.reverse or not reverse))
-
-
-def _options(config: Config) -> dict[str, Any]:
-    options = {"num_warps": config.warps, "num_stages": 1, "enable_fp_fusion": True}
-    if config.registers is not None:
-        options["maxnreg"] = config.registers
-    return options
-
-
-def _shift(x: Tensor, vec: int) -> int:
-    """Where element 0 lies in its 16-byte vector of `vec` elements."""
-    return x.data_ptr() // x.element_size() % vec
-
-
-def _power_of_two_at_least(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
-class _Begins(NamedTuple):
-    """Where the rows of a tensor begin (fastdistill._layout), and element 0 in its vector."""
-
-    outer: int
-    step: int
-    shift: int
-
-    def like(self, other: _Begins, vec: int) -> bool:
-        """Each row's vectors begin at the same class as in `other`."""
-        return all((a - b) % vec == 0 for a, b in zip(self, other, strict=True))
-
-
-def _begins(x: Tensor, outer: int, step: int, inner: int, count: int, vec: int) -> _Begins:
-    """A stride that is never taken may say anything: here it goes on from the other one."""
-    if inner == 1:
-        step = outer if count > 1 else 0
-    return _Begins(step * inner if inner == count else outer, step, _shift(x, vec))
 
 
 def kd_fwd(
