@@ -3,6 +3,7 @@
 from fastdistill import nn
 from fastdistill._backend import backend
 from fastdistill._version import __version__
+from fastdistill.hint import hint_loss
 from fastdistill.kd import KDLossParts, kd_loss
 
-__all__ = ["KDLossParts", "__version__", "backend", "kd_loss", "nn"]
+__all__ = ["KDLossParts", "__version__", "backend", "hint_loss", "kd_loss", "nn"]

@@ -5,6 +5,7 @@ import torch
 
 import fastdistill
 from fastdistill import _native
+from fastdistill.hint import ops as hint_ops
 from fastdistill.kd import ops
 
 
@@ -29,15 +30,22 @@ def cpu():
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch):
     """Every output of an op starts as NaN: what a kernel does not write shows."""
-    allocate = ops.allocate
 
-    def poisoned(*args):
-        outputs = allocate(*args)
-        for x in outputs:
-            x.fill_(float("nan"))
-        return outputs
+    def poisoned(allocate):
+        def allocate_poisoned(*args):
+            outputs = allocate(*args)
+            for x in outputs:
+                x.fill_(float("nan"))
+            return outputs
 
-    monkeypatch.setattr(ops, "allocate", poisoned)
+        return allocate_poisoned
+
+    for module, name in (
+        (ops, "allocate"),
+        (hint_ops, "allocate"),
+        (hint_ops, "allocate_gradients"),
+    ):
+        monkeypatch.setattr(module, name, poisoned(getattr(module, name)))
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,13 @@ namespace fd {
 namespace FD_ISA {
 
 #include "bench.inl"
+#include "hint.inl"
 #include "kd.inl"
 
 extern const Kernels kernels;
 const Kernels kernels = {
     {kd_scratch_bytes, kd_group_rows, kd_forward, kd_scale},
+    {hint_scratch_bytes, hint_rows},
     {exp_loop, read_read_write},
 };
 

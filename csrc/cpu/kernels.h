@@ -1,5 +1,6 @@
 // What an instruction set has to offer: one table of functions for each room.
 #pragma once
+#include "hint.h"
 #include "kd.h"
 
 namespace fd {
@@ -11,6 +12,7 @@ struct BenchKernels {  // bench.inl
 
 struct Kernels {
   KdKernels kd;
+  HintKernels hint;
   BenchKernels bench;
 };
 
