@@ -121,10 +121,12 @@ static double cosine(const R* __restrict x, const R* __restrict t, int64_t n, do
                      R* __restrict g) {
   const Normalised<R> of_x = unit_factor(x, n, kCosineEps), of_t = unit_factor(t, n, kCosineEps);
   const R a = of_x.factor, b = of_t.factor;
+  // Equal vectors give exactly 0, which x a - t b would not with a fused multiplication.
+  const bool equal = a == b;
   R square = 0;
 #pragma omp simd reduction(+ : square)
   for (int64_t i = 0; i < n; i++) {
-    const R d = x[i] * a - t[i] * b;
+    const R d = equal ? (x[i] - t[i]) * a : x[i] * a - t[i] * b;
     square += d * d;
   }
   double distance = 0.5 * static_cast<double>(square);
@@ -135,8 +137,8 @@ static double cosine(const R* __restrict x, const R* __restrict t, int64_t n, do
     const R along = of_x.clamped ? R(1) : R(distance);  // then a is constant: -b is left
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
-      const R unit = x[i] * a;
-      g[i] = factor * ((unit - t[i] * b) - along * unit);
+      const R d = equal ? (x[i] - t[i]) * a : x[i] * a - t[i] * b;
+      g[i] = factor * (d - along * (x[i] * a));
     }
   }
   return distance;

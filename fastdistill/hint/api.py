@@ -256,9 +256,7 @@ def check_settings(
     return _Settings(distance, student_norm, teacher_norm)
 
 
-def _features_last(
-    student: Tensor, teacher: Tensor, channel_dim: int
-) -> tuple[Tensor, Tensor]:
+def _features_last(student: Tensor, teacher: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
     """Views [..., D_s] and [..., D_t] of the same rows."""
     for name, x in (("student_features", student), ("teacher_features", teacher)):
         if x.ndim == 0:

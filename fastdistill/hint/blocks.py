@@ -79,12 +79,16 @@ class Products:
         """Out = x W'."""
         torch.mm(x, self.weight.t(), out=out)
 
-    def student_gradient(self, residual: Tensor, out: Tensor) -> None:
-        """Out = R W."""
-        if out.is_contiguous() and out.dtype is self.residual:
-            torch.mm(residual, self.weight, out=out)
+    def student_gradient(self, residual: Tensor, out: Tensor, alpha: float) -> None:
+        """Out = alpha R W, rounded once."""
+        direct = out.is_contiguous() and out.dtype is self.residual
+        product = out if direct else torch.empty(out.shape, dtype=self.residual, device=out.device)
+        if alpha == 1.0:
+            torch.mm(residual, self.weight, out=product)
         else:
-            out.copy_(torch.mm(residual, self.weight))
+            torch.addmm(product, residual, self.weight, beta=0, alpha=alpha, out=product)
+        if not direct:
+            out.copy_(product)
 
     def add_weight_gradient(self, total: Tensor, residual: Tensor, x: Tensor) -> None:
         """Total += R' x."""

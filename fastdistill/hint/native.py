@@ -125,17 +125,19 @@ def _run(
     student_norm: str,
     teacher_norm: str,
     gradients: Gradients,
+    alpha: float = 1.0,
 ) -> Tensor:
-    """The distance of each row, float64 [rows], no factor in it; fills the gradients."""
+    """The distance of each row, float64 [rows], no factor in it.
+
+    Fills the gradients: those of rows times `factors`, times `alpha` where there is a weight.
+    """
     dtype = ops.arithmetic(student, teacher)
     rows = student.shape[:-1].numel()
     loss = torch.zeros(rows, dtype=torch.float64)
     for x in (gradients.weight, gradients.bias):
         if x is not None:
             x.zero_()
-    kernel = _Kernel(
-        teacher, bias, factors, dtype, distance, student_norm, teacher_norm, loss
-    )
+    kernel = _Kernel(teacher, bias, factors, dtype, distance, student_norm, teacher_norm, loss)
     dense = student.shape[-1] == 1 or student.stride(-1) == 1
     if weight is None and dense and kernel.blocks is None:  # every row in one call
         inner = _layout.inner_rows(student)
@@ -143,17 +145,17 @@ def _run(
         grad = gradients.student
         if grad is not None and not grad.is_contiguous():
             grad = torch.empty_like(grad, memory_format=torch.contiguous_format)
-        flat = None if grad is None else grad.view(rows, -1)
+        flat = None if grad is None else grad.view(rows, grad.shape[-1])
         kernel(x, outer, step, inner, rows, 0, None, flat, None)
         if grad is not gradients.student and gradients.student is not None:
             gradients.student.copy_(grad)
         return loss
-    _in_blocks(student, weight, kernel, gradients)
+    _in_blocks(student, weight, kernel, gradients, alpha)
     return loss
 
 
 def _in_blocks(
-    student: Tensor, weight: Tensor | None, kernel: _Kernel, gradients: Gradients
+    student: Tensor, weight: Tensor | None, kernel: _Kernel, gradients: Gradients, alpha: float
 ) -> None:
     source = Rows(student)
     inner = source.inner
@@ -213,15 +215,19 @@ def _in_blocks(
                 if target is not None:
                     block = target[where] if at is None else None
                     if block is not None and block.is_contiguous():
-                        matrix.student_gradient(residual, block.view(count, -1))
+                        matrix.student_gradient(residual, block.view(count, -1), alpha)
                     else:
                         grad = torch.empty(count, source.width, dtype=target.dtype)
-                        matrix.student_gradient(residual, grad)
+                        matrix.student_gradient(residual, grad, alpha)
         if target is not None and grad is not None:
             if at is None:
                 target[where] = grad.view_as(target[where])
             else:
                 target[at // inner, at % inner] = grad
+    if alpha != 1.0:
+        for total in (gradients.weight, gradients.bias):
+            if total is not None:
+                total.mul_(alpha)
 
 
 def _slice(rows: Rows, first: int, count: int) -> Tensor:
@@ -264,13 +270,13 @@ def hint_fwd(
     outputs = ops.allocate(student, teacher, weight, reduction, *needs)
     loss, *gradients, grad_scale = outputs
     scale = _scale(student, mask, row_weight, normalizer, reduction, divisor)
-    factors = scale
+    factors, alpha = _residual_factors(scale, student, teacher, weight)
     if grad_scale.numel():
-        factors, common = _out_of_float16(scale, teacher.shape[-1])
+        factors, common = _common(scale, teacher.shape[-1])
         grad_scale.fill_(common)
     distances = _run(
         student, teacher, weight, bias, factors, distance, student_norm, teacher_norm,
-        _needed(*gradients, needs=needs),
+        _needed(*gradients, needs=needs), alpha,
     )  # fmt: skip
     distances *= scale.uniform if scale.rows is None else scale.rows
     loss.copy_(distances.view(student.shape[:-1]) if reduction == "none" else distances.sum())
@@ -299,9 +305,12 @@ def hint_grad(
     rows = grad_output.to(torch.float64).reshape(-1)
     if scale.rows is not None:  # a dropped row stays 0, whatever comes from outside
         rows = torch.where(scale.rows == 0, 0.0, rows * scale.rows)
+    factors, alpha = _residual_factors(
+        _Factors(1.0, rows.contiguous()), student, teacher, weight
+    )
     _run(
-        student, teacher, weight, bias, _Factors(1.0, rows.contiguous()), distance,
-        student_norm, teacher_norm, _needed(*outputs, needs=needs),
+        student, teacher, weight, bias, factors, distance, student_norm, teacher_norm,
+        _needed(*outputs, needs=needs), alpha,
     )  # fmt: skip
     return outputs
 
@@ -325,21 +334,36 @@ def _scale(
     return _Factors(1.0, scale.reshape(-1).contiguous())
 
 
-def _out_of_float16(scale: _Factors, features: int) -> tuple[_Factors, float]:
-    """(factors for float16 gradients, what they have to be multiplied by).
+def _common(scale: _Factors, features: int) -> tuple[_Factors, float]:
+    """(factors of about the features' number, what they have to be multiplied by).
 
-    1 / divisor and the mean over the features would flush most of a float16 gradient to 0.
+    So the residuals are of the features' own size: with 1 / divisor and the mean over the features
+    in them, most of a float16 gradient would be flushed to 0.
     """
     if scale.rows is None:
         return _Factors(float(features), None), scale.uniform / features
-    largest = float(scale.rows.max()) if scale.rows.numel() else 0.0
+    finite = torch.where(scale.rows.isfinite(), scale.rows.abs(), 0.0)
+    largest = float(finite.max()) if finite.numel() else 0.0
     common = largest / features if largest > 0 else 1.0
     return _Factors(1.0, scale.rows / common), common
 
 
-def hint_bwd(
-    grad: Tensor, grad_scale: Tensor, grad_output: Tensor, dtype: torch.dtype
-) -> Tensor:
+def _residual_factors(
+    scale: _Factors, student: Tensor, teacher: Tensor, weight: Tensor | None
+) -> tuple[_Factors, float]:
+    """(factors in the residuals, alpha of the products).
+
+    A bfloat16 residual takes no common factor: rounded with it, all signs of an l1 distance would
+    be off by the same 0.2 %.
+    """
+    if weight is None or torch.float32 is not ops.arithmetic(student, teacher):
+        return scale, 1.0
+    if student.dtype is not torch.bfloat16:
+        return scale, 1.0
+    return _common(scale, teacher.shape[-1])
+
+
+def hint_bwd(grad: Tensor, grad_scale: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Tensor:
     """Grad times `grad_output` (and `grad_scale`), rounded to `dtype`."""
     return _times(grad, _factor(grad_scale, grad_output)).to(dtype)
 

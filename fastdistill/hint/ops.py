@@ -24,8 +24,7 @@ LAUNCHERS = {
 _modules: dict[str, ModuleType] = {}
 
 _INPUTS = (
-    "Tensor student, Tensor teacher, Tensor? weight, Tensor? bias, Tensor? mask,"
-    " Tensor? row_weight"
+    "Tensor student, Tensor teacher, Tensor? weight, Tensor? bias, Tensor? mask, Tensor? row_weight"
 )
 _SETTINGS = "str distance, str student_norm, str teacher_norm"
 _NEEDS = "bool need_student, bool need_weight, bool need_bias, str backend"

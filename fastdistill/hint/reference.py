@@ -80,11 +80,16 @@ def _mse(s: Tensor, t: Tensor) -> Tensor:
 
 
 def _l1(s: Tensor, t: Tensor) -> Tensor:
-    return (s - t).abs().mean(-1)
+    return ((s - t).abs() + _nan(s - t)).mean(-1)
 
 
 def _smooth_l1(s: Tensor, t: Tensor) -> Tensor:
-    return F.smooth_l1_loss(s, t, reduction="none").mean(-1)
+    return (F.smooth_l1_loss(s, t, reduction="none") + _nan(s - t)).mean(-1)
+
+
+def _nan(d: Tensor) -> Tensor:
+    """0, and at a NaN a NaN that has a gradient of NaN: torch's sign(NaN) is 0."""
+    return torch.where(d.isnan(), d, 0.0).square()
 
 
 def _cosine(s: Tensor, t: Tensor) -> Tensor:
