@@ -305,9 +305,7 @@ def hint_grad(
     rows = grad_output.to(torch.float64).reshape(-1)
     if scale.rows is not None:  # a dropped row stays 0, whatever comes from outside
         rows = torch.where(scale.rows == 0, 0.0, rows * scale.rows)
-    factors, alpha = _residual_factors(
-        _Factors(1.0, rows.contiguous()), student, teacher, weight
-    )
+    factors, alpha = _residual_factors(_Factors(1.0, rows.contiguous()), student, teacher, weight)
     _run(
         student, teacher, weight, bias, factors, distance, student_norm, teacher_norm,
         _needed(*outputs, needs=needs), alpha,
