@@ -167,11 +167,12 @@ class HintLosses(nn.Module):
         for i, (weight, settings) in enumerate(zip(self.weights, self.settings, strict=True)):
             regressor = self.regressors[i]
             identity = isinstance(regressor, nn.Identity)
+            projection: Any = regressor
             part = hint_loss(
                 students[i],
                 teachers[i],
-                proj_weight=None if identity else regressor.weight,
-                proj_bias=None if identity else regressor.bias,
+                proj_weight=None if identity else projection.weight,
+                proj_bias=None if identity else projection.bias,
                 mask=masks[i],
                 row_weight=row_weights[i],
                 **settings,

@@ -21,4 +21,5 @@ void check(const char* what, int status) {
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA C++ kernels of fastdistill; private.";
   fd::bind_kd(m);
+  fd::bind_hint(m);
 }

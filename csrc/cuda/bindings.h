@@ -15,5 +15,6 @@ T* pointer(uintptr_t address) {
 void check(const char* what, int status);  // throws unless `status` is cudaSuccess
 
 void bind_kd(pybind11::module_& m);
+void bind_hint(pybind11::module_& m);
 
 }  // namespace fd

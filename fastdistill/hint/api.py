@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdistill import _backend, _refusals, _second_order, _torch_private, _validate
-from fastdistill.hint import ops, reference  # noqa: F401 - the ops are registered
+from fastdistill.hint import native_cuda, reference
 
 REDUCTIONS = ("mean", "sum", "none")
 FEATURE_NORMS = ("layer_norm", "l2")
@@ -183,7 +183,9 @@ def hint_loss(
     if torch.is_autocast_enabled(device.type):
         if weight is not None:
             dtype = torch.get_autocast_dtype(device.type)
-            student, weight, bias = (_cast(x, dtype) for x in (student, weight, bias))
+            student = _cast(student, dtype)
+            weight = _cast(weight, dtype)
+            bias = None if bias is None else _cast(bias, dtype)
         with torch.autocast(device.type, enabled=False):
             return _loss(
                 student, weight, bias, teacher, mask, row_weight, scalar, settings, reduction,
@@ -313,18 +315,29 @@ def _regressor(
     return w, b
 
 
-def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """As autocast casts an operand: float64 stays."""
-    return x if x is None or x.dtype is torch.float64 else x.to(dtype)
+    return x if x.dtype is torch.float64 else x.to(dtype)
 
 
 def _detached(x: Any) -> Any:
     return x.detach() if isinstance(x, Tensor) and x.requires_grad else x
 
 
+def _refuse_cuda(case: _backend.Case) -> str | None:
+    problem = None
+    if not native_cuda.supports(*case.dtypes):
+        problem = (
+            "it takes features of float32, bfloat16 or float16; not "
+            f"{case.dtypes[0]} with {case.dtypes[1]}"
+        )
+    return _refusals.cuda(case, problem)
+
+
 _backend.register(
     OP,
     {
+        "cuda": _refuse_cuda,
         "cpu": _refusals.cpu,
         "reference": _refusals.nothing,
     },

@@ -142,13 +142,12 @@ def _run(
     if weight is None and dense and kernel.blocks is None:  # every row in one call
         inner = _layout.inner_rows(student)
         x, outer, step = _layout.strided_rows(student)
-        grad = gradients.student
-        if grad is not None and not grad.is_contiguous():
-            grad = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        target = gradients.student
+        grad = None if target is None else target.contiguous()
         flat = None if grad is None else grad.view(rows, grad.shape[-1])
         kernel(x, outer, step, inner, rows, 0, None, flat, None)
-        if grad is not gradients.student and gradients.student is not None:
-            gradients.student.copy_(grad)
+        if target is not None and grad is not None and grad is not target:
+            target.copy_(grad)
         return loss
     _in_blocks(student, weight, kernel, gradients, alpha)
     return loss
