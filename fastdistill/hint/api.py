@@ -337,6 +337,7 @@ def _refuse_cuda(case: _backend.Case) -> str | None:
 _backend.register(
     OP,
     {
+        "triton": _refusals.triton,
         "cuda": _refuse_cuda,
         "cpu": _refusals.cpu,
         "reference": _refusals.nothing,

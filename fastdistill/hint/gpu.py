@@ -22,6 +22,13 @@ RowKernel = Callable[[Tensor, Tensor, Tensor | None, Tensor, "Tensor | None", Te
 None, distances [n] out). Features are dense; the gradient may not lie over an input."""
 
 
+Epilogue = Callable[
+    [Tensor, Tensor, "Tensor | None", Tensor, Tensor, "Tensor | None", Tensor], None
+]
+"""The projection and the row kernel in one: (student [n, D_s], weight, bias, teacher [n, D_t],
+factors [n], residual out or None, distances out)."""
+
+
 def dense(x: Tensor) -> Tensor:
     """Rows [n, D] whose features lie one beside the other."""
     return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
@@ -36,6 +43,7 @@ def _run(
     factors: Tensor,
     masked: bool,
     gradients: Gradients,
+    epilogue: Epilogue | None,
 ) -> Tensor:
     """The distance of each row [rows], no factor in it; fills the gradients of rows x factors."""
     dtype = ops.arithmetic(student, teacher)
@@ -65,12 +73,15 @@ def _run(
             if masked:
                 x = torch.where((factor != 0).unsqueeze(1), x, 0.0)
             x = matrix.operand(dense(x))
-            p = torch.empty(len(x), features, dtype=dtype, device=device)
-            matrix.project(x, p)
             residual = None
             if gradients.needed():
-                residual = torch.empty_like(p, dtype=matrix.residual)
-            kernel(p, t, offset, factor, residual, loss[rows])
+                residual = torch.empty((len(x), features), dtype=matrix.residual, device=device)
+            if epilogue is not None:
+                epilogue(x, matrix.weight, offset, t, factor, residual, loss[rows])
+            else:
+                p = torch.empty((len(x), features), dtype=dtype, device=device)
+                matrix.project(x, p)
+                kernel(p, t, offset, factor, residual, loss[rows])
             if residual is not None:
                 if gradients.weight is not None:
                     matrix.add_weight_gradient(gradients.weight, residual, x)
@@ -95,6 +106,7 @@ def forward(
     reduction: str,
     divisor: float,
     needs: Sequence[bool],
+    epilogue: Epilogue | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`hint_fwd` with this row kernel. Bad values in tensors give NaN rows."""
     outputs = ops.allocate(student, teacher, weight, reduction, *needs)
@@ -108,7 +120,7 @@ def forward(
         grad_scale.copy_(common)
     distances = _run(
         kernel, student, teacher, weight, bias, factors, mask is not None or row_weight is not None,
-        _needed((grad_student, grad_weight, grad_bias), needs),
+        _needed((grad_student, grad_weight, grad_bias), needs), epilogue,
     )  # fmt: skip
     distances = torch.where(scale == 0, 0.0, distances * scale)
     loss.copy_(distances.view(student.shape[:-1]) if reduction == "none" else distances.sum())
@@ -125,6 +137,7 @@ def gradients(
     row_weight: Tensor | None,
     grad_output: Tensor,
     needs: Sequence[bool],
+    epilogue: Epilogue | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`hint_grad` with this row kernel."""
     outputs = ops.allocate_gradients(student, teacher, weight, *needs)
@@ -134,7 +147,7 @@ def gradients(
     common = None
     if student.dtype is torch.float16:
         factors, common = _common(factors, teacher.shape[-1])
-    _run(kernel, student, teacher, weight, bias, factors, True, _needed(outputs, needs))
+    _run(kernel, student, teacher, weight, bias, factors, True, _needed(outputs, needs), epilogue)
     if common is not None:
         for x in outputs:
             x.mul_(common)
