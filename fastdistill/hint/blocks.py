@@ -102,6 +102,7 @@ class WidenedProducts(Products):
         super().__init__(weight.to(dtype), dtype)
 
     def operand(self, x: Tensor) -> Tensor:
+        """Converted where it has to be."""
         return x.to(self.dtype)
 
 
@@ -119,9 +120,11 @@ class MklProducts(Products):
         self.function = function
 
     def operand(self, x: Tensor) -> Tensor:
+        """Converted where it has to be."""
         return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
     def project(self, x: Tensor, out: Tensor) -> None:
+        """Out = x W', float32 sums."""
         self.function(
             self._ROW_MAJOR, self._AS_IT_IS, self._TRANSPOSED, *out.shape, x.shape[1], 1.0,
             x.data_ptr(), x.stride(0), self.weight.data_ptr(), self.weight.stride(0), 0.0,
@@ -129,6 +132,7 @@ class MklProducts(Products):
         )  # fmt: skip
 
     def add_weight_gradient(self, total: Tensor, residual: Tensor, x: Tensor) -> None:
+        """Total += R' x, float32 sums."""
         self.function(
             self._ROW_MAJOR, self._TRANSPOSED, self._AS_IT_IS, *total.shape, x.shape[0], 1.0,
             residual.data_ptr(), residual.stride(0), x.data_ptr(), x.stride(0), 1.0,
@@ -144,9 +148,11 @@ class CudaProducts(Products):
         self.residual = weight.dtype
 
     def project(self, x: Tensor, out: Tensor) -> None:
+        """Out = x W', float32 sums."""
         torch.mm(x, self.weight.t(), out_dtype=torch.float32, out=out)
 
     def add_weight_gradient(self, total: Tensor, residual: Tensor, x: Tensor) -> None:
+        """Total += R' x, float32 sums."""
         total += torch.mm(residual.t(), x, out_dtype=torch.float32)
 
 

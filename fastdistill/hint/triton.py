@@ -217,22 +217,26 @@ def _rows_kernel(
                 tl.store(g_ptr + row * cols + column, g.to(g_ptr.dtype.element_ty), inside)
 
 
-@triton.jit(
-    do_not_specialize=["rows", "features", "narrow", "x_step", "w_step", "w_next", "t_step"]
-)
+@triton.jit(do_not_specialize=["rows", "features", "narrow", "x_step", "t_step"])
 def _project_kernel(
     x_ptr,  # student [rows, narrow], rows x_step apart
-    w_ptr,  # weight [features, narrow], strides w_step and w_next
+    w_ptr,  # weight [features, narrow], contiguous
     bias_ptr,  # [features], or None
     t_ptr,  # teacher [rows, features], rows t_step apart
     factor_ptr,  # [rows]: of the gradient; 0 drops the row
     r_ptr,  # residual [rows, features] contiguous, or None
     part_ptr,  # [tiles, rows]: a tile's part of each row's distance
-    rows, features, narrow, x_step, w_step, w_next, t_step,
+    rows, features, narrow, x_step, t_step,
     DISTANCE: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,  # all rows begin on 16 bytes: wide accesses
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A tile of the projection, and its distance."""
+    if ALIGNED:
+        features = tl.multiple_of(features, 16)
+        narrow = tl.multiple_of(narrow, 16)
+        x_step = tl.multiple_of(x_step, 16)
+        t_step = tl.multiple_of(t_step, 16)
     tile = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -241,7 +245,7 @@ def _project_kernel(
     factor = tl.load(factor_ptr + row, mask=valid, other=0.0)
     kept = factor != 0.0  # a dropped row is not read
     x_at = x_ptr + row[:, None] * x_step + k[None, :]
-    w_at = w_ptr + column.to(tl.int64)[None, :] * w_step + k.to(tl.int64)[:, None] * w_next
+    w_at = w_ptr + column.to(tl.int64)[None, :] * narrow + k[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, narrow, BLOCK_K):
         left = k < narrow - first
@@ -249,7 +253,7 @@ def _project_kernel(
         w = tl.load(w_at, mask=left[:, None] & (column < features)[None, :], other=0.0)
         total = tl.dot(x, w, total, input_precision=PRECISION)
         x_at += BLOCK_K
-        w_at += BLOCK_K * w_next
+        w_at += BLOCK_K
     if bias_ptr is not None:
         total += tl.load(bias_ptr + column, mask=column < features, other=0.0)[None, :]
     inside = kept[:, None] & (column < features)[None, :]
@@ -265,8 +269,12 @@ def _project_kernel(
 
 
 _BLOCK_COLS = 1024
-_TILE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
-"""Of the projection. Found by compiling ahead of time without spills; no GPU has timed it yet."""
+_TILES = {
+    "dot": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
+    "fma": {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
+}
+"""Of the projection, on tensor cores and, for exact float32 products, without them. Found by
+compiling ahead of time without spills; no GPU has timed them yet."""
 
 
 def _rows(
@@ -308,14 +316,16 @@ def _project(
     """The projection with its epilogue (`gpu.Epilogue`)."""
     rows, narrow = student.shape
     features = weight.shape[0]
-    tiles = triton.cdiv(features, _TILE["BLOCK_N"])
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    tile = _TILES["fma" if student.dtype is torch.float32 and not tf32 else "dot"]
+    tiles = triton.cdiv(features, tile["BLOCK_N"])
     parts = torch.empty((tiles, rows), dtype=torch.float32, device=student.device)
-    tf32 = torch.backends.cuda.matmul.allow_tf32 and student.dtype is torch.float32
+    steps = (features, narrow, student.stride(0), teacher.stride(0))
     with torch.cuda.device_of(student):
-        _project_kernel[(triton.cdiv(rows, _TILE["BLOCK_M"]), tiles)](
-            student, weight, bias, teacher, factors, residual, parts, rows, features, narrow,
-            student.stride(0), weight.stride(0), weight.stride(1), teacher.stride(0),
-            DISTANCE=_DISTANCES[distance], PRECISION="tf32" if tf32 else "ieee", **_TILE,
+        _project_kernel[(triton.cdiv(rows, tile["BLOCK_M"]), tiles)](
+            student, weight.contiguous(), bias, teacher, factors, residual, parts, rows, features,
+            narrow, student.stride(0), teacher.stride(0), DISTANCE=_DISTANCES[distance],
+            PRECISION="tf32" if tf32 else "ieee", ALIGNED=all(n % 16 == 0 for n in steps), **tile,
         )  # fmt: skip
     torch.div(parts.sum(0), features, out=loss)
 
