@@ -133,7 +133,7 @@ def test_hint_reductions_masks_and_weights(backend, reduction, dtype, projected)
 
 def test_hint_many_blocks(backend, monkeypatch, all_threads):
     """Blocks that do not divide the rows, with and without dropped rows, nested or not."""
-    monkeypatch.setattr(native, "block_rows", lambda rows, features: 32)
+    monkeypatch.setattr(native, "block_rows", lambda *_: 32)
     for dtype, shape in itertools.product((F32, BF16), ((101,), (5, 41), (41, 5))):
         student, teacher = features(*shape, 24, dtype=dtype), features(*shape, 40, dtype=dtype)
         weight, bias = regressor(40, 24, dtype)
@@ -190,7 +190,7 @@ def test_hint_normalizer(backend):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_hint_feature_maps(backend, dtype, reduction, monkeypatch):
     """channel_dim=1 with a convolution's weight: each position is a row."""
-    monkeypatch.setattr(native, "block_rows", lambda rows, features: 32)
+    monkeypatch.setattr(native, "block_rows", lambda *_: 32)
     for size in ((5, 7), (2, 3), (9,)):
         s, t = features(4, 6, *size, dtype=dtype), features(4, 10, *size, dtype=dtype)
         weight, bias = regressor(10, 6, dtype)

@@ -160,9 +160,9 @@ def _in_blocks(
     inner = source.inner
     target = None if gradients.student is None else source.like(gradients.student)
     rows, features = source.outer * inner, kernel.teacher.shape[-1]
-    size = block_rows(rows, features)
     dtype = kernel.dtype
     matrix = None if weight is None else products(weight, dtype)
+    size = block_rows(rows, features, matrix is not None and matrix.residual is not dtype)
     space = residuals = None
     if matrix is not None:
         space = torch.empty(min(size, rows), features, dtype=dtype)
