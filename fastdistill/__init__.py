@@ -3,6 +3,7 @@
 from fastdistill import nn
 from fastdistill._backend import backend
 from fastdistill._version import __version__
+from fastdistill.hint import hint_loss
 from fastdistill.kd import KDLossParts, kd_loss
 from fastdistill.softmax import temperature_log_softmax, temperature_softmax
 
@@ -10,6 +11,7 @@ __all__ = [
     "KDLossParts",
     "__version__",
     "backend",
+    "hint_loss",
     "kd_loss",
     "nn",
     "temperature_log_softmax",

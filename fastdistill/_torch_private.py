@@ -5,6 +5,11 @@ Each has a safe answer where torch does not offer the name.
 
 from __future__ import annotations
 
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch.autograd import forward_ad
 
@@ -25,3 +30,21 @@ def transforms_active() -> bool:
 def graph_is_kept() -> bool:
     """The backward pass that is running may run again: its saved tensors must stay as they are."""
     return True if _keep_graph is None else bool(_keep_graph())
+
+
+@cache
+def gemm_bf16bf16f32() -> Any:
+    """oneMKL's public `cblas_gemm_bf16bf16f32` of the copy that torch is linked with, or None.
+
+    torch itself rounds the product of two bfloat16 matrices on the CPU to bfloat16.
+    """
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if not torch.backends.mkl.is_available() or not library.exists():
+        return None
+    function = getattr(ctypes.CDLL(str(library)), "cblas_gemm_bf16bf16f32", None)
+    if function is not None:
+        integer, real, matrix = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
+        function.restype = None
+        function.argtypes = [integer] * 6 + [real, matrix, integer, matrix, integer, real]
+        function.argtypes += [matrix, integer]
+    return function

@@ -9,6 +9,7 @@ import torch
 
 import fastdistill
 from fastdistill import _native
+from fastdistill.hint import ops as hint_ops
 from fastdistill.kd import ops as kd_ops
 from fastdistill.softmax import ops as softmax_ops
 
@@ -75,7 +76,7 @@ def poisoned_outputs(monkeypatch):
 
         return poisoned
 
-    for ops in (kd_ops, softmax_ops):
+    for ops in (hint_ops, kd_ops, softmax_ops):
         for name in [n for n in vars(ops) if n.startswith("allocate")]:
             monkeypatch.setattr(ops, name, poison(getattr(ops, name)))
 

@@ -49,3 +49,16 @@ def test_a_kept_graph_is_seen():
     y.backward(retain_graph=True)
     y.backward()
     assert seen == [True, False]
+
+
+def test_a_product_of_bfloat16_matrices_in_float32():
+    """C += A' B, and nothing is rounded to bfloat16."""
+    gemm = _torch_private.gemm_bf16bf16f32()
+    assert gemm is not None or not torch.backends.mkl.is_available()
+    if gemm is None:
+        return
+    a, b, c = torch.randn(50, 7).bfloat16(), torch.randn(50, 9).bfloat16(), torch.ones(7, 9)
+    arguments = (a.data_ptr(), 7, b.data_ptr(), 9, 1.0, c.data_ptr(), 9)
+    gemm(101, 112, 111, 7, 9, 50, 1.0, *arguments)
+    want = 1 + a.double().t() @ b.double()
+    torch.testing.assert_close(c.double(), want, rtol=1e-5, atol=1e-5)

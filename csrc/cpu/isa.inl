@@ -10,6 +10,7 @@ namespace fd {
 namespace FD_ISA {
 
 #include "bench.inl"
+#include "hint.inl"
 #include "kd.inl"
 #include "softmax.inl"
 
@@ -17,6 +18,7 @@ extern const Kernels kernels;
 const Kernels kernels = {
     {kd_scratch_bytes, kd_group_rows, kd_forward, kd_scale},
     {softmax_scratch_bytes, softmax_forward, softmax_backward},
+    {hint_scratch_bytes, hint_rows},
     {exp_loop, read_read_write},
 };
 

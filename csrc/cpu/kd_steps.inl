@@ -39,15 +39,6 @@ FD_INLINE R origin(R maximum) {
   return maximum == -static_cast<R>(__builtin_inf()) ? R(0) : maximum;
 }
 
-struct Ahead {
-  const char* data;
-  int64_t bytes;  // of an element
-
-  FD_INLINE_MEMBER Ahead operator+(int64_t elements) const {
-    return {data + elements * bytes, bytes};
-  }
-};
-
 // What comes from memory while step 1 computes: what will be read next (without it the maxima wait
 // for memory, 3/5 of the step), and what will be written.
 struct Prefetch {

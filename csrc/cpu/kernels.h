@@ -1,5 +1,6 @@
 // What an instruction set has to offer: one table of functions for each room.
 #pragma once
+#include "hint.h"
 #include "kd.h"
 #include "softmax.h"
 
@@ -13,6 +14,7 @@ struct BenchKernels {  // bench.inl
 struct Kernels {
   KdKernels kd;
   SoftmaxKernels softmax;
+  HintKernels hint;
   BenchKernels bench;
 };
 

@@ -65,3 +65,13 @@ struct Same {
   FD_INLINE_MEMBER R operator[](int) const { return value; }
   FD_INLINE_MEMBER void put(int, R x) { value = x; }
 };
+
+// What is fetched while something else is computed.
+struct Ahead {
+  const char* data;
+  int64_t bytes;  // of an element
+
+  FD_INLINE_MEMBER Ahead operator+(int64_t elements) const {
+    return {data + elements * bytes, bytes};
+  }
+};

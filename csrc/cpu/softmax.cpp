@@ -11,7 +11,6 @@ namespace fd {
 namespace {
 
 constexpr int64_t kSerialElements = 16384;  // below this a second thread costs more than it gives
-constexpr int64_t kHugePageBytes = 4 << 20;
 
 struct Free {
   void operator()(void* p) const { std::free(p); }

@@ -7,41 +7,28 @@
 // forward pass has left: so the probabilities are exact in every element type, where an output
 // rounded to bfloat16 would give them with an error of 0.4 %, and its exponential with one of 3 %.
 #pragma once
-#include "rows.inl"
+#include "lanes.inl"
 
 constexpr int64_t kSoftmaxBlock = 2048;  // classes: inputs, exponentials and output fit in L1
 
-// One value per lane: a scalar reduction would wait for each addition.
-template <class R>
-struct LaneSums {
-  alignas(64) R at[kLanes] = {};
-
-  FD_INLINE_MEMBER R total() {
-    for (int n = kLanes / 2; n > 0; n /= 2)
-      for (int j = 0; j < n; j++) at[j] += at[j + n];
-    return at[0];
-  }
-};
-
 template <class R>
 static R block_maximum(const R* __restrict x, int64_t n) {
-  R m = -static_cast<R>(__builtin_inf());
-#pragma omp simd reduction(max : m)
-  for (int64_t i = 0; i < n; i++) m = x[i] > m ? x[i] : m;  // a NaN is caught by the sum
-  return m;
+  Lanes<R> m;
+  m.fill(-static_cast<R>(__builtin_inf()));
+  for (int64_t i = 0; i < n; i += kLanes) {
+#pragma omp simd
+    for (int j = 0; j < kLanes; j++) m.at[j] = larger(x[i + j], m.at[j]);
+  }
+  return m.maximum();
 }
-
-struct Following {  // what will be read next, and the bytes of its elements
-  const char* data;
-  int64_t bytes;
-};
 
 // The sum of e = exp((x - from) / T). What follows comes from memory while this computes: without
 // it the next maximum waits.
 template <class R, bool KEEP>
 static R block_exponentials(const R* __restrict x, int64_t n, R from, Exp<R> at_t, R* __restrict e,
-                            Following next) {
-  LaneSums<R> sum;
+                            Ahead next) {
+  Lanes<R> sum;
+  sum.fill(R(0));
   for (int64_t i = 0; i < n; i += kLanes) {
     __builtin_prefetch(next.data + i * next.bytes, 0, 2);  // into L2: L1 is full
 #pragma omp simd
@@ -51,14 +38,15 @@ static R block_exponentials(const R* __restrict x, int64_t n, R from, Exp<R> at_
       sum.at[j] += v;
     }
   }
-  return sum.total();
+  return sum.sum();
 }
 
 // The same exponentials, and the sum of g e; of g for the logarithm.
 template <class R, bool LOG>
 static R block_dot(const R* __restrict x, const R* __restrict g, int64_t n, R from, Exp<R> at_t,
-                   R* __restrict e, Following next_x, Following next_g) {
-  LaneSums<R> sum;
+                   R* __restrict e, Ahead next_x, Ahead next_g) {
+  Lanes<R> sum;
+  sum.fill(R(0));
   for (int64_t i = 0; i < n; i += kLanes) {
     __builtin_prefetch(next_x.data + i * next_x.bytes, 0, 2);
     __builtin_prefetch(next_g.data + i * next_g.bytes, 0, 2);
@@ -69,7 +57,7 @@ static R block_dot(const R* __restrict x, const R* __restrict g, int64_t n, R fr
       sum.at[j] += LOG ? g[i + j] : g[i + j] * v;
     }
   }
-  return sum.total();
+  return sum.sum();
 }
 
 // The sum of (x - from) (g - mean) e, or for the logarithm of (x - from) (g - mean e), in which a
@@ -77,7 +65,8 @@ static R block_dot(const R* __restrict x, const R* __restrict g, int64_t n, R fr
 template <class R, bool LOG>
 static double block_moment(const R* __restrict x, const R* __restrict g, const R* __restrict e,
                            int64_t n, R from, double mean) {
-  LaneSums<double> sum;
+  Lanes<double> sum;
+  sum.fill(0);
   for (int64_t i = 0; i < n; i += kLanes) {
 #pragma omp simd
     for (int j = 0; j < kLanes; j++) {
@@ -87,7 +76,7 @@ static double block_moment(const R* __restrict x, const R* __restrict g, const R
       sum.at[j] += d == -static_cast<R>(__builtin_inf()) ? 0.0 : u * static_cast<double>(d);
     }
   }
-  return sum.total();
+  return sum.sum();
 }
 
 FD_INLINE double statistic(const void* stats, bool is_double, int64_t i) {
@@ -150,7 +139,7 @@ struct SoftmaxPass {
   }
 
   // What comes after a block: the next one, or the next row.
-  Following after(const Rows& rows, const char* row, int64_t first) const {
+  Ahead after(const Rows& rows, const char* row, int64_t first) const {
     const int64_t bytes = size_of(rows.type);
     const int64_t next = first + kSoftmaxBlock < a.cols ? first + kSoftmaxBlock : rows.step;
     return {row + next * bytes, bytes};

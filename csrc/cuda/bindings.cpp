@@ -22,4 +22,5 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA C++ kernels of fastdistill; private.";
   fd::bind_kd(m);
   fd::bind_softmax(m);
+  fd::bind_hint(m);
 }

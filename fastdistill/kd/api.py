@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdistill import _backend, _refusals, _torch_private, _validate
+from fastdistill import _backend, _refusals, _second_order, _torch_private, _validate
 from fastdistill.kd import native_cuda, reference
 
 REDUCTIONS = ("mean", "sum", "none", "batchmean")
@@ -53,28 +53,8 @@ class _KDLoss(torch.autograd.Function):
             else:
                 torch.ops.fastdistill.kd_bwd_(*args)
         if anchor is not None and torch.is_grad_enabled():  # create_graph=True
-            grad = _NoSecondDerivative.apply(grad, anchor, grad_output)
+            grad = _second_order.refusing(OP, grad, anchor, grad_output)
         return grad, *(None,) * 17
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """The fused gradient as a node that refuses to be differentiated, where a constant would be
-    differentiated to a silent zero.
-
-    It hangs on `anchor`, which leads to the student, and on `grad_output`: an engine that is asked
-    for the derivative in one of them only must pass here too.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, anchor: Tensor, grad_output: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> None:
-        raise RuntimeError(
-            "kd_loss: the fused kernels have no second derivative; compute this loss under "
-            'fastdistill.backend("reference"), or with a torch.func transform'
-        )
 
 
 def kd_loss(
@@ -213,8 +193,7 @@ def kd_loss(
     if backend == "reference":
         loss, hard, soft = reference.kd_loss(student, *args, row_temperature)
     elif student.requires_grad and torch.is_grad_enabled():
-        # An empty sum: it leads to the student and keeps none of its memory.
-        anchor = None if torch.compiler.is_compiling() else student.narrow(-1, 0, 0).sum()
+        anchor = None if torch.compiler.is_compiling() else _second_order.anchor(student)
         loss, hard, soft = _KDLoss.apply(student, anchor, *args, True, backend)
     else:
         loss, hard, soft = torch.ops.fastdistill.kd_fwd(student, *args, False, backend)[:3]

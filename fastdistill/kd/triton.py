@@ -789,20 +789,21 @@ def kd_fwd(
 def kd_bwd(grad: Tensor, grad_scale: Tensor, grad_output: Tensor) -> Tensor:
     """Grad times its row's factors, as a new tensor."""
     out = torch.empty_like(grad)
-    _scale(grad, out, grad_scale, grad_output)
+    scale(grad, out, grad_scale, grad_output)
     return out
 
 
 def kd_bwd_(grad: Tensor, grad_scale: Tensor, grad_output: Tensor) -> None:
     """Grad times its row's factors, in place; where they are 1 nothing is read or written."""
-    _scale(grad, grad, grad_scale, grad_output)
+    scale(grad, grad, grad_scale, grad_output)
 
 
 _UNIFORM_COLS = 1 << 15
 """Elements that a program scales where one factor serves all rows."""
 
 
-def _scale(grad: Tensor, out: Tensor, grad_scale: Tensor, grad_output: Tensor) -> None:
+def scale(grad: Tensor, out: Tensor, grad_scale: Tensor, grad_output: Tensor) -> None:
+    """Out = grad times its row's factors; a launcher that other rooms may use."""
     total = grad.numel()
     if total == 0:
         return

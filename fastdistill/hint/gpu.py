@@ -1,0 +1,166 @@
+"""The pass of the GPU launchers: row blocks through cuBLAS and through a backend's row kernel.
+
+Nothing synchronises: dropped rows are zeroed by select where the CPU leaves them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastdistill import _rows
+from fastdistill.hint import ops
+from fastdistill.hint.blocks import Gradients, Rows, products
+
+_BLOCK = 1 << 24
+"""Elements of a block of the projection: 64 MB of float32, enough to fill a GPU."""
+
+RowKernel = Callable[[Tensor, Tensor, Tensor | None, Tensor, "Tensor | None", Tensor], None]
+"""(student or projection [n, D], teacher [n, D], bias [D], factors [n], gradient [n, D] out or
+None, distances [n] out). Features are dense; the gradient may not lie over an input."""
+
+
+Epilogue = Callable[
+    [Tensor, Tensor, "Tensor | None", Tensor, Tensor, "Tensor | None", Tensor], None
+]
+"""The projection and the row kernel in one: (student [n, D_s], weight, bias, teacher [n, D_t],
+factors [n], residual out or None, distances out)."""
+
+
+def dense(x: Tensor) -> Tensor:
+    """Rows [n, D] whose features lie one beside the other."""
+    return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def _run(
+    kernel: RowKernel,
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    factors: Tensor,
+    masked: bool,
+    gradients: Gradients,
+    epilogue: Epilogue | None,
+) -> Tensor:
+    """The distance of each row [rows], no factor in it; fills the gradients of rows x factors."""
+    dtype = ops.arithmetic(student, teacher)
+    source, wanted = Rows(student), Rows(teacher)
+    target = None if gradients.student is None else source.like(gradients.student)
+    device, features = student.device, teacher.shape[-1]
+    loss = torch.empty(factors.numel(), dtype=dtype, device=device)
+    for x in (gradients.weight, gradients.bias):
+        if x is not None:
+            x.zero_()
+    matrix = None if weight is None else products(weight, dtype)
+    offset = None if bias is None else bias.to(dtype).contiguous()
+    size = max(_BLOCK // features, 1)
+    teacher_rows = wanted.nested.reshape(-1, features)
+    for first, where in source.blocks(size):
+        x = source.nested[where].reshape(-1, source.width)
+        rows = slice(first, first + len(x))
+        t, factor = dense(teacher_rows[rows]), factors[rows]
+        block = None if target is None else target[where]
+        made = block
+        if block is not None and not block.is_contiguous():
+            made = torch.empty(x.shape, dtype=block.dtype, device=device)
+        flat = None if made is None else made.view(x.shape)
+        if matrix is None:
+            kernel(dense(x), t, None, factor, flat, loss[rows])
+        else:
+            if masked:
+                x = torch.where((factor != 0).unsqueeze(1), x, 0.0)
+            x = matrix.operand(dense(x))
+            residual = None
+            if gradients.needed():
+                residual = torch.empty((len(x), features), dtype=matrix.residual, device=device)
+            if epilogue is not None:
+                epilogue(x, matrix.weight, offset, t, factor, residual, loss[rows])
+            else:
+                p = torch.empty((len(x), features), dtype=dtype, device=device)
+                matrix.project(x, p)
+                kernel(p, t, offset, factor, residual, loss[rows])
+            if residual is not None:
+                if gradients.weight is not None:
+                    matrix.add_weight_gradient(gradients.weight, residual, x)
+                if gradients.bias is not None:
+                    gradients.bias.add_(residual.sum(0, dtype=dtype))
+                if flat is not None:
+                    matrix.student_gradient(residual, flat, 1.0)
+        if block is not None and made is not None and made is not block:
+            block.copy_(made.view_as(block))
+    return loss
+
+
+def forward(
+    kernel: RowKernel,
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    row_weight: Tensor | None,
+    normalizer: Tensor | None,
+    reduction: str,
+    divisor: float,
+    needs: Sequence[bool],
+    epilogue: Epilogue | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`hint_fwd` with this row kernel. Bad values in tensors give NaN rows."""
+    outputs = ops.allocate(student, teacher, weight, reduction, *needs)
+    loss, grad_student, grad_weight, grad_bias, grad_scale = outputs
+    scale = _rows.row_scale(
+        student, None, mask, row_weight, normalizer, 0, reduction, divisor, loss.dtype
+    ).reshape(-1)
+    factors = scale
+    if grad_scale.numel():
+        factors, common = _common(scale, teacher.shape[-1])
+        grad_scale.copy_(common)
+    distances = _run(
+        kernel, student, teacher, weight, bias, factors, mask is not None or row_weight is not None,
+        _needed((grad_student, grad_weight, grad_bias), needs), epilogue,
+    )  # fmt: skip
+    distances = torch.where(scale == 0, 0.0, distances * scale)
+    loss.copy_(distances.view(student.shape[:-1]) if reduction == "none" else distances.sum())
+    return outputs
+
+
+def gradients(
+    kernel: RowKernel,
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    row_weight: Tensor | None,
+    grad_output: Tensor,
+    needs: Sequence[bool],
+    epilogue: Epilogue | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`hint_grad` with this row kernel."""
+    outputs = ops.allocate_gradients(student, teacher, weight, *needs)
+    dtype = ops.arithmetic(student, teacher)
+    scale = _rows.row_scale(student, None, mask, row_weight, None, 0, "none", 1.0, dtype)
+    factors = torch.where(scale == 0, 0.0, scale * grad_output).reshape(-1)
+    common = None
+    if student.dtype is torch.float16:
+        factors, common = _common(factors, teacher.shape[-1])
+    _run(kernel, student, teacher, weight, bias, factors, True, _needed(outputs, needs), epilogue)
+    if common is not None:
+        for x in outputs:
+            x.mul_(common)
+    return outputs
+
+
+def _needed(made: Sequence[Tensor], needs: Sequence[bool]) -> Gradients:
+    return Gradients(*(x if need else None for x, need in zip(made, needs, strict=True)))
+
+
+def _common(scale: Tensor, features: int) -> tuple[Tensor, Tensor]:
+    """(factors for float16 gradients, what they have to be multiplied by); see native.py."""
+    finite = torch.where(scale.isfinite(), scale.abs(), 0.0)
+    largest = finite.max() if scale.numel() else finite.sum()
+    common = torch.where(largest > 0, largest, 1.0) / features
+    return scale / common, common

@@ -1,0 +1,157 @@
+"""The Triton backend of hint_loss under Triton's interpreter, against the reference in float64.
+
+Run by test_hint_triton.py in a process of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton_shim
+
+triton_shim.install()
+
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
+
+import fastdistill  # noqa: E402
+from fastdistill import _backend  # noqa: E402
+from fastdistill.hint import blocks, gpu, ops  # noqa: E402
+from fastdistill.hint import triton as hint_triton  # noqa: E402
+
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+NAME = "triton-interpreted"
+DISTANCES = ["mse", "l1", "smooth_l1", "cosine"]
+NORMS: list[Any] = [None, "layer_norm", "l2", ("l2", "layer_norm")]
+
+
+def _dot(self: Any, a: Any, b: Any, d: Any, precision: Any, most: Any) -> Any:
+    """The interpreter multiplies bfloat16's raw bits."""
+    x, y = (
+        triton_shim.widen(m.data) if m.data.dtype == np.uint16 else m.data.astype(np.float32)
+        for m in (a, b)
+    )
+    return TensorHandle(np.matmul(x, y) + d.data, d.dtype.scalar)
+
+
+InterpreterBuilder.create_dot = _dot
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    products = blocks.WidenedProducts
+
+    class Products(products):  # 16-bit operands reach the kernel as they would on a GPU
+        def __init__(self, weight: torch.Tensor, dtype: torch.dtype) -> None:
+            super().__init__(weight, dtype)
+            self.wide = self.weight
+            if weight.dtype in (BF16, F16) and dtype is F32:
+                self.weight, self.residual = weight, weight.dtype
+
+        def operand(self, x: torch.Tensor) -> torch.Tensor:
+            return x if self.residual is not self.dtype else x.to(self.dtype)
+
+        def project(self, x: torch.Tensor, out: torch.Tensor) -> None:
+            out.copy_(x.to(self.dtype) @ self.wide.t())
+
+        def student_gradient(self, residual: Any, out: Any, alpha: float) -> None:
+            out.copy_(residual.to(self.dtype) @ self.wide)
+
+        def add_weight_gradient(self, total: Any, residual: Any, x: Any) -> None:
+            total += residual.to(self.dtype).t() @ x.to(self.dtype)
+
+    monkeypatch.setattr(gpu, "products", Products)
+    monkeypatch.setattr(gpu, "_BLOCK", 4000)
+    monkeypatch.setitem(ops._modules, NAME, hint_triton)
+    table = dict(_backend.ops()["hint_loss"])
+    _backend.register("hint_loss", {**table, NAME: lambda case: None})
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    yield
+    _backend.register("hint_loss", table)
+
+
+def features(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def run(
+    backend: str, s: Any, t: Any, w: Any = None, b: Any = None, go: Any = None, **kw: Any
+) -> Any:
+    leaves = [None if x is None else x.detach().requires_grad_() for x in (s, w, b)]
+    with fastdistill.backend(backend):
+        loss = fastdistill.hint_loss(leaves[0], t, proj_weight=leaves[1], proj_bias=leaves[2], **kw)
+    loss.backward(torch.full_like(loss, 512.0) if go is None else go.to(loss.dtype))
+    return [loss.detach(), *(x.grad for x in leaves if x is not None)]
+
+
+def check(s: Any, t: Any, w: Any = None, b: Any = None, go: Any = None, **kw: Any) -> list[Any]:
+    got = run(NAME, s, t, w, b, go, **kw)
+    wide = [None if x is None else x.double() for x in (s, t, w, b)]
+    want = run("reference", *wide, go, **kw)
+    native = run("reference", s, t, w, b, go, **kw)
+    eps = 0.0 if s.dtype in (F32, F64) else 1.1 * torch.finfo(s.dtype).eps
+    for i, (g, x, n) in enumerate(zip(got, want, native, strict=True)):
+        assert torch.equal(g.isnan(), x.isnan())
+        g, x, n = (y.double().nan_to_num() for y in (g, x, n))
+        band = (eps if i else 0.0) + 32 * 2.0 ** (-52 if s.dtype is F64 else -23)
+        assert (g - x).norm() <= 2 * (n - x).norm() + band * x.norm() + 1e-30, (i, kw)
+    return got
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F32), (F64, F64)], ids=str)
+def test_the_distance_alone(dtypes: Any, distance: str) -> None:
+    for width, norm in itertools.product((9, 100, 1030), NORMS):
+        s, t = features(3, width, dtype=dtypes[0]), features(3, width, dtype=dtypes[1])
+        check(s, t, distance=distance, feature_norm=norm)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
+def test_projected_in_blocks(dtype: torch.dtype, distance: str) -> None:
+    for norm, reduction in itertools.product((None, "layer_norm"), ("mean", "none")):
+        s, t = features(5, 20, 37, dtype=dtype), features(5, 20, 90, dtype=dtype)
+        w, b = features(90, 37, dtype=dtype) / 6, features(90, dtype=dtype)
+        mask = torch.rand(5, 20) > 0.4
+        s[~mask], t[~mask] = float("nan"), float("inf")
+        go = torch.randn(5, 20) * 64 if reduction == "none" else None
+        got = check(s, t, w, b, go, distance=distance, feature_norm=norm, reduction=reduction,
+                    mask=mask)  # fmt: skip
+        assert (got[1][~mask] == 0).all() and all(x.isfinite().all() for x in got)
+
+
+def test_the_epilogue_is_what_projects(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    real = hint_triton._project
+    monkeypatch.setattr(hint_triton, "_project", lambda *a: (called.append(a[0]), real(*a)))
+    s, t, w = features(5, 8), features(5, 12), features(12, 8)
+    for distance in DISTANCES:
+        run(NAME, s, t, w, distance=distance)
+        run(NAME, s, t, features(8, 12).t(), distance=distance, feature_norm="l2")
+    assert called == ["mse", "l1", "smooth_l1"]
+    first, again = (run(NAME, s, t, w) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+def test_equal_zero_and_bad_rows() -> None:
+    x = features(6, 100)
+    for distance, norm in itertools.product(DISTANCES, NORMS[:3]):
+        loss, grad = run(NAME, x, x.clone(), distance=distance, feature_norm=norm)
+        assert loss == 0 and (grad == 0).all()
+        s, t = x.clone(), features(6, 100)
+        s[0], t[1], s[2, 5], t[3, 99] = 0.0, 0.0, float("nan"), float("nan")
+        rows = run(NAME, s, t, distance=distance, feature_norm=norm, reduction="none")[0]
+        assert rows.isnan().tolist() == [False, False, True, True, False, False]
+
+
+def test_feature_maps_and_no_rows() -> None:
+    s, t = features(2, 6, 5, 7), features(2, 10, 5, 7)
+    check(s, t, features(10, 6), features(10), channel_dim=1, mask=torch.rand(2, 5, 7) > 0.5)
+    check(t, t.flip(0), channel_dim=1, distance="cosine")
+    got = run(NAME, features(0, 6), features(0, 8), features(8, 6), features(8))
+    assert all((x == 0).all() for x in got)
