@@ -302,10 +302,12 @@ class Workbench:
         the guided one get no gradient.
         """
         path = self._path(file_name(HINT_DISTILLED, seed)).with_suffix(".hint.safetensors")
+        snapshot = Snapshot(path.with_suffix(".training.safetensors"), self.run)
         if path.exists():
             tensors, about = store.load(path)
             if about.get("run") == self.run:
                 model.load_state_dict(tensors)
+                snapshot.remove()  # a kill may have come between the two files
                 return
         config = self.config
         hint = hint_between(self.config, model, teacher, self.images[:2])
@@ -320,7 +322,6 @@ class Workbench:
             return iter(torch.randperm(count, generator=generator)[: steps * batch].split(batch))
 
         recipe = engine.Recipe(hint_epochs(config)[0], batch, config.learning_rate, seed)
-        snapshot = Snapshot(path.with_suffix(".training.safetensors"), self.run)
         engine.loop(
             distiller,
             batches,
