@@ -65,7 +65,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda c: next(iter(c[0])))
-def test_hint_refuses(backend, case):
+def test_hint_refuses(host_backend, case):
     arguments, kind, words = case
     with pytest.raises(kind, match=words):
         fd.hint_loss(**{**BASE, **arguments})

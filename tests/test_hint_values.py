@@ -46,6 +46,8 @@ def check(backend, student, teacher, weight=None, bias=None, grad_output=None, *
         assert g.dtype is x.dtype and g.shape == x.shape
         if x.dtype is BF16:  # its residual is a bfloat16 operand of the products
             allowed = 3e-3 if w.numel() > 1000 else 8e-3  # few roundings do not average out
+            if settings.get("distance") == "l1" and backend not in ("reference", "cpu"):
+                allowed = max(allowed, 5e-3)  # its residual is +-c: all share the rounding of c
             assert (g.double() - w).norm() <= allowed * w.norm() + 1e-30, name
         else:
             # As one row: a sum over many rows may cancel in a single one of its elements.

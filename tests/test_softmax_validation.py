@@ -46,7 +46,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("case", REFUSED, ids=lambda c: next(iter(c[0])))
-def test_softmax_refuses(backend, case, function):
+def test_softmax_refuses(host_backend, case, function):
     arguments, kind, words = case
     with pytest.raises(kind, match=words):
         function(**{"x": X, **arguments})
