@@ -32,9 +32,14 @@ def lines(results: dict) -> list[str]:
     """One line per bar; a bar that was not measured, or not well, says so."""
     rows = [row for row in results["rows"] if row["pass"] == "both" and row["device"] == "cpu"]
     main = [row for row in rows if row["suite"] == "main"]
-    out = [f"{'bar':58}{'promised':>10}{'measured':>10}"]
-    for name, sign, bar, measured in [*_faster(main), *_small(main), *_bf16(main), *_isa(rows)]:
-        start = f"{name:58}{sign + f'{bar:g}':>10}"
+    out = [f"{'bar':66}{'promised':>10}{'measured':>10}"]
+    kd, softmax, hint = ([r for r in main if r["op"] == op] for op in ("kd", "softmax", "hint"))
+    bars: list[tuple] = []
+    if kd:
+        levels = [row for row in rows if row["op"] == "kd"]
+        bars += [*_faster(kd), *_small(kd), *_bf16(kd), *_isa(levels)]
+    for name, sign, bar, measured in [*bars, *_softmax(softmax), *_hint(hint)]:
+        start = f"{name:66}{sign + f'{bar:g}':>10}"
         if measured is None:
             out.append(f"{start}{'?':>10}  not measured")
         else:
@@ -88,6 +93,37 @@ def _isa(rows: list[dict]) -> Iterator[tuple]:
             measured = Measured(times["avx512"] / times["avx2"], doubt)
             name = f"{_text(shape)} {dtype}: speed of avx2 in avx512's"
             yield name, ">=", AVX2_OF_AVX512, measured
+
+
+def _softmax(main: list[dict]) -> Iterator[tuple]:
+    for row in main:
+        if (tuple(row["shape"]), row["dtype"]) == ((512, 32000), "fp32"):
+            where = f"softmax 512x32000, {row['threads']} threads, {row['allocator']}"
+            yield f"{where}: x eager", ">=", 2, _ratio(row, "eager", row, "fastdistill")
+
+
+def _hint(main: list[dict]) -> Iterator[tuple]:
+    for row in main:
+        shape = f"hint {_text(row['shape'])} {row['dtype']}"
+        where = f"{shape}, {row['threads']} threads, {row['allocator']}"
+        eager = _ratio(row, "eager", row, "fastdistill")
+        if len(row["shape"]) == 2:
+            yield f"{where}: x eager", ">=", 3, eager
+            continue
+        products = _ratio(row, "fastdistill", row, "limit")
+        yield f"{where}: of products", "<=", 1.05 if row["dtype"] == "fp32" else 1.5, products
+        if row["dtype"] == "fp32":
+            yield f"{where}: x eager", ">=", 1, eager
+        peaks = row["peak_mb"]
+        if peaks.get("fastdistill") is not None and peaks.get("eager"):
+            gradients = _gradients_mb(row)
+            share = (peaks["fastdistill"] - gradients) / (peaks["eager"] - gradients)
+            yield f"{where}: memory of eager's", "<=", 0.15, Measured(share, "")
+
+
+def _gradients_mb(row: dict) -> float:
+    rows, width, out = row["shape"]
+    return (rows + out) * width * (4 if row["dtype"] == "fp32" else 2) / 2**20
 
 
 def _find(rows: list[dict], *wanted: object) -> dict | None:

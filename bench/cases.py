@@ -18,11 +18,20 @@ TEMPERATURE, HARD_WEIGHT, SOFT_WEIGHT = 2.0, 0.5, 0.5
 
 
 class Inputs(NamedTuple):
-    """Leaves of one call; the gradient is taken with respect to `student`."""
+    """Leaves of one call; the gradient is taken with respect to `student` and `weights`."""
 
     student: Tensor  # [N, V]
     teacher: Tensor  # [N, V]
     labels: Tensor  # [N]
+    weights: tuple[Tensor, ...] = ()
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        return self.student, *self.weights
+
+    def forget(self) -> None:
+        """Let the gradients go."""
+        for leaf in self.leaves():
+            leaf.grad = None
 
 
 class Contender(NamedTuple):
@@ -41,8 +50,8 @@ class Op(NamedTuple):
     shapes: list[tuple[int, ...]]
     inputs: Callable[..., Inputs]
     contenders: Callable[[str, str], dict[str, Contender]]  # (device, dtype) -> in this order
-    truth: Callable[..., Iterator[tuple[int, int, Tensor, Tensor]]]
-    limited: bool = True  # limits.py knows the limit of a fused loss only
+    truth: Callable[..., Iterator[tuple[int, int, Tensor, tuple[Tensor, ...]]]]
+    limit: str = ""  # which of limits.py's; none by default
 
 
 def kd_inputs(shape: tuple[int, ...], dtype: str, device: str) -> Inputs:
@@ -111,8 +120,8 @@ def _under(backend: str, call: Callable[[Inputs], Any]) -> Callable[[Inputs], An
 
 def kd_truth(
     x: Inputs, hard: float, soft: float, elements: int = 1 << 17
-) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """(first row, last row, their part of the loss, their gradient) in float64, by autograd.
+) -> Iterator[tuple[int, int, Tensor, tuple[Tensor, ...]]]:
+    """(first row, last row, their part of the loss, the gradients of the leaves there), in float64.
 
     In pieces of 1 MB: a large temporary would teach malloc to keep memory that it otherwise
     returns, and so change what is timed afterwards.
@@ -129,8 +138,7 @@ def kd_truth(
             kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
             part = part + soft * TEMPERATURE**2 * kl
         part = part / rows
-        (gradient,) = torch.autograd.grad(part, s)
-        yield begin, end, part.detach(), gradient
+        yield begin, end, part.detach(), torch.autograd.grad(part, s)
 
 
 class Weighted(NamedTuple):
@@ -188,7 +196,7 @@ def softmax_contenders(device: str, dtype: str) -> dict[str, Contender]:
 
 def softmax_truth(
     x: Inputs, *_: float, elements: int = 1 << 17
-) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+) -> Iterator[tuple[int, int, Tensor, tuple[Tensor, ...]]]:
     """As `kd_truth`, of (y g).sum()."""
     rows, classes = x.student.shape
     step = max(1, elements // classes)
@@ -196,8 +204,64 @@ def softmax_truth(
         end = min(rows, begin + step)
         s = x.student.detach()[begin:end].double().requires_grad_()
         part = (softmax_eager(s) * x.teacher[begin:end].double()).sum()
-        (gradient,) = torch.autograd.grad(part, s)
-        yield begin, end, part.detach(), gradient
+        yield begin, end, part.detach(), torch.autograd.grad(part, s)
+
+
+def hint_inputs(shape: tuple[int, ...], dtype: str, device: str) -> Inputs:
+    """Rows x D_s x D_t with a regressor of that size, or rows x D for the distance alone."""
+    rows, width, out = (*shape, shape[1])[:3]
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(rows, width, generator=generator)
+    weight = torch.randn(out, width, generator=generator) / width**0.5
+    teacher = torch.randn(rows, out, generator=generator)
+    teacher += student if len(shape) == 2 else student @ weight.T
+    student, teacher, weight = (x.to(device, DTYPES[dtype]) for x in (student, teacher, weight))
+    weights = (weight.requires_grad_(),) if len(shape) == 3 else ()
+    return Inputs(student.requires_grad_(), teacher, torch.empty(0), weights)
+
+
+def hint_fastdistill(x: Inputs) -> Tensor:
+    """The public call."""
+    return fastdistill.hint_loss(
+        x.student, x.teacher, proj_weight=x.weights[0] if x.weights else None
+    )
+
+
+def hint_eager(s: Tensor, t: Tensor, *weights: Tensor, reduction: str = "mean") -> Tensor:
+    """The hint of FitNets as people write it in PyTorch."""
+    return F.mse_loss(F.linear(s, *weights) if weights else s, t, reduction=reduction)
+
+
+def hint_contenders(device: str, dtype: str) -> dict[str, Contender]:
+    """As `kd_contenders`."""
+    refusals = _backend.reasons("hint_loss", _backend.Case(device, (DTYPES[dtype],) * 2, False))
+    if device == "cpu":
+        found = {"fastdistill": Contender(hint_fastdistill, unavailable=refusals["cpu"])}
+    else:
+        found = {
+            name: Contender(_under(name, hint_fastdistill), unavailable=refusals[name])
+            for name in ("triton", "cuda")
+        }
+    compiled = torch.compile(hint_eager, dynamic=False)
+    return {
+        **found,
+        "eager": Contender(lambda x: hint_eager(x.student, x.teacher, *x.weights)),
+        "compile": Contender(lambda x: compiled(x.student, x.teacher, *x.weights)),
+        # The negative control: the sum over the features in place of their mean.
+        "wrong": Contender(
+            lambda x: (
+                hint_eager(x.student, x.teacher, *x.weights, reduction="sum") / x.student.shape[0]
+            )
+        ),
+    }
+
+
+def hint_truth(x: Inputs, *_: float) -> Iterator[tuple[int, int, Tensor, tuple[Tensor, ...]]]:
+    """As `kd_truth`, in one piece: all rows share the regressor's gradient."""
+    leaves = [leaf.detach().double().requires_grad_() for leaf in x.leaves()]
+    loss = hint_eager(leaves[0], x.teacher.double(), *leaves[1:])
+    longest = max(len(leaf) for leaf in leaves)
+    yield 0, longest, loss.detach(), torch.autograd.grad(loss, leaves)
 
 
 OPS = {
@@ -207,6 +271,7 @@ OPS = {
         inputs=kd_inputs,
         contenders=kd_contenders,
         truth=kd_truth,
+        limit="traffic and exponentials",
     ),
     "softmax": Op(
         name="softmax",
@@ -214,6 +279,13 @@ OPS = {
         inputs=softmax_inputs,
         contenders=softmax_contenders,
         truth=softmax_truth,
-        limited=False,
+    ),
+    "hint": Op(
+        name="hint",
+        shapes=[(4096, 384, 768), (8192, 768, 768), (8192, 768)],
+        inputs=hint_inputs,
+        contenders=hint_contenders,
+        truth=hint_truth,
+        limit="matrix products, or traffic",
     ),
 }

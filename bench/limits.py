@@ -1,8 +1,10 @@
-"""The physical limit of a fused loss with its gradient, measured in the same rounds.
+"""The physical limit of an op with its gradient, measured in the same rounds.
 
-Whatever computes it reads two arrays of logits, writes one gradient, and takes two exponentials an
-element (student and teacher at T; the student at 1 is a power of the one at T). On the CPU the
-limit is the larger of
+A hint with a regressor is bound by its three matrix products (the projection, the gradients of the
+features and of the weight): the limit is those three, bare. Whatever computes another fused loss
+reads two arrays and writes one gradient; of logits it takes two exponentials an element (student
+and teacher at T; the student at 1 is a power of the one at T). On the CPU the limit is the larger
+of
   read_read_write  that traffic and nothing else, by the same vectors, into memory obtained as
                    the contender obtains it; plain or past the caches, whichever is faster
   exponentials     as many as needed, by the kernels' own loop over a block in L1
@@ -11,6 +13,8 @@ three-operand addition and a copy.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -25,7 +29,27 @@ SERIAL_ELEMENTS = 16384  # below this a second thread costs more than it gives (
 PREFIX = "limit:"
 
 
-def cpu_steps(x: Inputs) -> dict[str, Step]:
+def steps(limit: str, x: Inputs, cuda: CudaSteps | None) -> dict[str, Step]:
+    """The pieces of an op's limit; none where none is known."""
+    if not limit:
+        return {}
+    if x.weights:
+        work = _products(x)
+        return {PREFIX + "products": cuda.call(work) if cuda else cpu_call(work)}
+    return cuda_steps(x, cuda) if cuda else cpu_steps(x, "exponentials" in limit)
+
+
+def _products(x: Inputs) -> Callable[[], object]:
+    student, weight = x.student.detach(), x.weights[0].detach()
+    residual = torch.randn(x.teacher.shape, device=student.device).to(student.dtype)
+
+    def work() -> object:
+        return student @ weight.T, residual @ weight, residual.T @ student
+
+    return work
+
+
+def cpu_steps(x: Inputs, exponentials: bool) -> dict[str, Step]:
     """The pieces of the limit at the present number of threads; none without native kernels."""
     module = _native.cpu().module
     if module is None:
@@ -41,15 +65,17 @@ def cpu_steps(x: Inputs) -> dict[str, Step]:
         addresses = (student.data_ptr(), teacher.data_ptr(), out.data_ptr())
         module.copy_limit(*addresses, out.nbytes, copiers, stream)
 
-    wanted = 2 * elements
-    repeats = max(wanted, LEAST_EXPONENTIALS) // EXP_BLOCK
-    return {
+    found = {
         PREFIX + "read_read_write": cpu_call(lambda: copy(False)),
         PREFIX + "read_read_write_streamed": cpu_call(lambda: copy(True)),
-        PREFIX + "exponentials": cpu_call(
-            lambda: module.exp_loop(EXP_BLOCK, repeats, threads), wanted / (repeats * EXP_BLOCK)
-        ),
     }
+    if exponentials:
+        wanted = 2 * elements
+        repeats = max(wanted, LEAST_EXPONENTIALS) // EXP_BLOCK
+        found[PREFIX + "exponentials"] = cpu_call(
+            lambda: module.exp_loop(EXP_BLOCK, repeats, threads), wanted / (repeats * EXP_BLOCK)
+        )
+    return found
 
 
 def cuda_steps(x: Inputs, steps: CudaSteps) -> dict[str, Step]:
@@ -67,8 +93,10 @@ def combine(pieces: dict[str, float], device: str) -> dict[str, float] | None:
     at = {name.removeprefix(PREFIX): ms for name, ms in pieces.items()}
     if not at:
         return None
+    if "products" in at:
+        return {"ms": at["products"], **at}
     if device == "cuda":
         traffic = min(at["read_read_write"], at["copy"] * 3 / 2)
         return {"ms": traffic, "traffic": traffic, **at}
     traffic = min(at["read_read_write"], at["read_read_write_streamed"])
-    return {"ms": max(traffic, at["exponentials"]), "traffic": traffic, **at}
+    return {"ms": max(traffic, at.get("exponentials", 0.0)), "traffic": traffic, **at}

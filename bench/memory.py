@@ -40,7 +40,7 @@ def cpu_peak(op: Op, contender: str, shape: tuple[int, ...], dtype: str) -> floa
 
 def cuda_peak(contender: Contender, x: Inputs) -> float:
     """MB of the caching allocator."""
-    x.student.grad = None
+    x.forget()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -53,7 +53,7 @@ def _step(contender: Contender, x: Inputs) -> None:
     loss = contender.loss(x)
     loss.backward()
     del loss
-    x.student.grad = None
+    x.forget()
 
 
 def _status(key: str) -> float:

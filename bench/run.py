@@ -81,7 +81,7 @@ def _plan(s: Settings):
     if not cpu or s.quick or s.contenders:
         return
     levels = _isa_levels()[:2]
-    for shape in [x for x in ISA_SHAPES if x in s.shapes]:
+    for shape in [x for x in ISA_SHAPES if x in s.shapes and s.op == "kd"]:
         alone = {**base, "suite": "isa", "shape": shape, "allocator": "default", "memory": False}
         alone.update(contenders=["fastdistill"], threads=base["threads"][:1], seconds=3.0)
         for _ in range(ISA_TURNS):  # in turn: a level is chosen once per process

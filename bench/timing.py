@@ -24,7 +24,7 @@ def cpu_step(contender: Contender, x: Inputs) -> Step:
 
     def step() -> Sample:
         start = time.perf_counter()
-        x.student.grad = None
+        x.forget()
         begin = time.perf_counter()
         loss = contender.loss(x)
         between = time.perf_counter()
@@ -59,7 +59,7 @@ class CudaSteps:
         """As `cpu_step`."""
 
         def step() -> Sample:
-            x.student.grad = None
+            x.forget()
             begin, between, end = self._queue()
             begin.record()
             loss = contender.loss(x)

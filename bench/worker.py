@@ -55,9 +55,7 @@ def _rows(op: Op, spec: dict, inputs: dict[str, Inputs], peaks: dict) -> list[di
         if cuda:
             for name, c in contenders.items():
                 peaks[dtype, name] = memory.cuda_peak(c, x)
-        pieces = {}
-        if op.limited:
-            pieces = limits.cuda_steps(x, cuda) if cuda else limits.cpu_steps(x)
+        pieces = limits.steps(op.limit, x, cuda)
         about[dtype] = {
             "contenders": contenders,
             "skipped": skipped,
@@ -95,7 +93,7 @@ def _ready(found: dict[str, Contender], x: Inputs) -> tuple[dict, dict, dict]:
             continue
         first[name] = round(time.perf_counter() - begin, 3)
         ready[name] = contender
-    x.student.grad = None
+    x.forget()
     return ready, skipped, first
 
 
@@ -105,7 +103,7 @@ def _row(op: Op, spec: dict, dtype: str, kind: str, turns: Turns, about: dict, p
     limit = None
     if kind == "both":  # the fused forward makes the gradient: only the whole has a limit
         limit = limits.combine({n: s["median"] for n, s in pieces.items()}, spec["device"])
-    logits = math.prod(spec["shape"]) * DTYPES[dtype].itemsize  # bytes of one array
+    logits = math.prod(spec["shape"][:2]) * DTYPES[dtype].itemsize  # bytes of one array
     ms = {name: s["median"] for name, s in stats.items()}
     if limit:
         ms["limit"] = limit["ms"]
