@@ -5,7 +5,8 @@ import torch
 
 import fastdistill
 from fastdistill import _native
-from fastdistill.kd import ops
+from fastdistill.kd import ops as kd_ops
+from fastdistill.privacy import ops as privacy_ops
 
 
 @pytest.fixture(params=["reference", "cpu"])
@@ -26,18 +27,30 @@ def cpu():
         yield
 
 
+@pytest.fixture
+def one_thread():
+    """For small tensors, where a second thread would only wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch):
     """Every output of an op starts as NaN: what a kernel does not write shows."""
-    allocate = ops.allocate
 
-    def poisoned(*args):
-        outputs = allocate(*args)
-        for x in outputs:
-            x.fill_(float("nan"))
-        return outputs
+    def poisoned(allocate):
+        def allocate_poisoned(*args):
+            outputs = allocate(*args)
+            for x in outputs:
+                x.fill_(float("nan"))
+            return outputs
 
-    monkeypatch.setattr(ops, "allocate", poisoned)
+        return allocate_poisoned
+
+    for ops in (kd_ops, privacy_ops):
+        monkeypatch.setattr(ops, "allocate", poisoned(ops.allocate))
 
 
 @pytest.fixture(autouse=True)

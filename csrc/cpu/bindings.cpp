@@ -33,6 +33,7 @@ const Kernels& active_kernels() { return *isa().kernels; }
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of fastdistill: raw addresses in, nothing checked. Private.";
   fd::bind_kd(m);
+  fd::bind_privacy(m);
   fd::bind_bench(m);
   m.def("active_isa", [] { return std::string(fd::isa().name); });
   m.def("isas", &fd::isas, "[(name, supported by this processor)], the preferred one first");

@@ -15,6 +15,7 @@ T* pointer(uintptr_t address) {
 const Kernels& active_kernels();  // throws where FASTDISTILL_CPU_ISA asks for what is not there
 
 void bind_kd(pybind11::module_& m);
+void bind_privacy(pybind11::module_& m);
 void bind_bench(pybind11::module_& m);
 
 }  // namespace fd

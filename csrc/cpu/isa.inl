@@ -12,9 +12,11 @@ namespace FD_ISA {
 #include "bench.inl"
 #include "kd.inl"
 
+extern const PrivacyKernels privacy_kernels;  // exact.inl
 extern const Kernels kernels;
 const Kernels kernels = {
     {kd_scratch_bytes, kd_group_rows, kd_forward, kd_scale},
+    &privacy_kernels,
     {exp_loop, read_read_write},
 };
 

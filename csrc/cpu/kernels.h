@@ -1,6 +1,7 @@
 // What an instruction set has to offer: one table of functions for each room.
 #pragma once
 #include "kd.h"
+#include "privacy.h"
 
 namespace fd {
 
@@ -11,6 +12,7 @@ struct BenchKernels {  // bench.inl
 
 struct Kernels {
   KdKernels kd;
+  const PrivacyKernels* privacy;  // compiled by itself: exact.inl
   BenchKernels bench;
 };
 
