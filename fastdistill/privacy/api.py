@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdistill import _backend, _refusals, _torch_private, _validate
-from fastdistill.privacy import mechanism, reference, source
+from fastdistill.privacy import mechanism, ops, reference, source
 
 OP = "clip_and_noise"
 
@@ -96,7 +96,7 @@ def clip_and_noise(
     with torch.no_grad():
         if backend == "reference":
             return reference.clip_and_noise(samples, planned, bits)
-        return torch.ops.fastdistill.clip_and_noise(samples, *planned, *bits, backend)
+        return ops.clip_and_noise(samples, *planned, *bits, backend)
 
 
 def _check_samples(grad_samples: object) -> list[Tensor]:

@@ -56,3 +56,7 @@ for _key in ("CPU", "CUDA"):
 @torch.library.register_fake("fastdistill::clip_and_noise", lib=_library)
 def _fake(grad_samples: Sequence[Tensor], *args: object) -> list[Tensor]:
     return allocate(grad_samples)
+
+
+clip_and_noise = torch.ops.fastdistill.clip_and_noise.default
+"""The op."""
