@@ -17,7 +17,7 @@ extern const Kernels kernels;
 const Kernels kernels = {
     {kd_scratch_bytes, kd_group_rows, kd_forward, kd_scale},
     &privacy_kernels,
-    {exp_loop, read_read_write},
+    {exp_loop, read_read_write, read_only},
 };
 
 }  // namespace FD_ISA

@@ -64,32 +64,78 @@ FD_INLINE Doubles square_root(Doubles x) {
 #endif
 }
 
+// Conversions by name: g++ 12 makes __builtin_convertvector of two halves and their shuffles.
+FD_INLINE Doubles widen(Floats x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Doubles>(_mm512_maskz_cvtps_pd(0xff, reinterpret_cast<__m256>(x)));
+#elif defined(__AVX__)
+  return reinterpret_cast<Doubles>(_mm256_cvtps_pd(reinterpret_cast<__m128>(x)));
+#else
+  return __builtin_convertvector(x, Doubles);
+#endif
+}
+
+FD_INLINE Bits32 widen(Bits16 x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Bits32>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(x)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Bits32>(
+      _mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<__m128i*>(&x))));
+#else
+  return __builtin_convertvector(x, Bits32);
+#endif
+}
+
+FD_INLINE Floats narrow(Doubles x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Floats>(_mm512_maskz_cvtpd_ps(0xff, reinterpret_cast<__m512d>(x)));
+#elif defined(__AVX__)
+  return reinterpret_cast<Floats>(_mm256_cvtpd_ps(reinterpret_cast<__m256d>(x)));
+#else
+  return __builtin_convertvector(x, Floats);
+#endif
+}
+
 FD_INLINE Words lanes() {
   Words v;
   for (int j = 0; j < kWide; j++) v[j] = static_cast<uint64_t>(j);
   return v;
 }
 
-// A word as a double, exactly.
-FD_INLINE Doubles to_double(Words w) {
-  return reinterpret_cast<Doubles>(w | 0x4330000000000000u) - 0x1p52;
+// first + w unit, exactly: the word becomes the low bits of a double between 2^52 unit and twice
+// that, from which a constant is taken.
+FD_INLINE Doubles to_double(Words w, double unit, double first) {
+  const double base = unit * 0x1p52;
+  uint64_t bits;
+  __builtin_memcpy(&bits, &base, sizeof bits);
+  return reinterpret_cast<Doubles>(w | bits) - (base - first);
 }
+
+struct PhiloxKeys {
+  uint64_t round[10][2];
+
+  FD_INLINE_MEMBER explicit PhiloxKeys(const uint32_t* key) {
+    for (uint32_t i = 0; i < 10; i++) {
+      round[i][0] = key[0] + i * 0x9E3779B9u;
+      round[i][1] = key[1] + i * 0xBB67AE85u;
+    }
+  }
+};
 
 // Ten rounds on N vectors of blocks; side by side, since each is one chain of multiplications.
 template <int N>
-FD_INLINE void philox(uint32_t k0, uint32_t k1, Words (&c)[4][N]) {
-  const Words m0 = (Words{} + 0xD2511F53u), m1 = (Words{} + 0xCD9E8D57u);
+FD_INLINE void philox(const PhiloxKeys& keys, Words (&c)[4][N]) {
+  const Words m0 = Words{} + 0xD2511F53u, m1 = Words{} + 0xCD9E8D57u;
 #pragma GCC unroll 10
-  for (int round = 0; round < 10; round++) {
+  for (const auto& k : keys.round) {
+#pragma GCC unroll 4
     for (int i = 0; i < N; i++) {
       const Words p0 = multiply(c[0][i], m0), p1 = multiply(c[2][i], m1);
-      c[0][i] = (p1 >> 32) ^ c[1][i] ^ static_cast<uint64_t>(k0);
+      c[0][i] = (p1 >> 32) ^ c[1][i] ^ k[0];
       c[1][i] = p1;
-      c[2][i] = (p0 >> 32) ^ c[3][i] ^ static_cast<uint64_t>(k1);
+      c[2][i] = (p0 >> 32) ^ c[3][i] ^ k[1];
       c[3][i] = p0;
     }
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
   }
   for (auto& word : c)
     for (Words& w : word) w &= kLow;
@@ -134,13 +180,6 @@ FD_INLINE void chacha20(const uint32_t* key, Pairs (&x)[16]) {
   for (int i = 0; i < 8; i++) x[4 + i] += key[i];
 }
 
-template <int N>
-FD_INLINE Doubles horner(const double (&c)[N], Doubles x) {
-  Doubles y = Doubles{} + c[N - 1];
-  for (int i = N - 2; i >= 0; i--) y = y * x + c[i];
-  return y;
-}
-
 // Coefficients and their errors: reference.py.
 constexpr double kLog[] = {0.6666666666666208,  0.40000000011206505, 0.2857142413832416,
                            0.22222862280108716, 0.18140193802865992, 0.16621817152858928};
@@ -150,67 +189,82 @@ constexpr double kSin[] = {0.7853981633974483,     -0.08074551218828054,  0.0024
                            -3.657620415891387e-05, 3.133616225433416e-07, -1.7571500746983935e-09,
                            6.877360573166326e-12};
 
-// Two vectors of independent standard normals from the words of the same blocks.
-FD_INLINE void box_muller(Words w0, Words w1, Words w2, Words w3, Doubles& a, Doubles& b) {
-  const Doubles u = to_double(w1) * 0x1p-32 + (to_double(w0) + 0.5) * 0x1p-64;
-  const Words bits = reinterpret_cast<Words>(u);
-  // u = m 2^k, m in [sqrt(1/2), sqrt(2)); the exponent is k + 1023.
-  const Words exponent = (bits + (0x3ff0000000000000u - 0x3fe6a09e667f3bcdu)) >> 52;
-  const Doubles k = to_double(exponent) - 1023.0;
-  const Doubles m = reinterpret_cast<Doubles>(bits - (exponent << 52) + 0x3ff0000000000000u);
-  const Doubles s = (m - 1.0) / (m + 1.0);
-  const Doubles z = s * s;
-  const Doubles log_m = (s + s) + s * (z * horner(kLog, z));
-  const Doubles radius = square_root((k * 0.693147180559945309417 + log_m) * -2.0);
-
-  const Doubles x = to_double(w3 & 0x1fffffffu) * 0x1p-29 + (to_double(w2) + 0.5) * 0x1p-61;
-  const Doubles y = x * x;
-  const Doubles cosine = y * horner(kCos, y) + 1.0, sine = x * horner(kSin, y);
-  const auto swap = (w3 & 0x20000000u) != 0;
-  const Words p = reinterpret_cast<Words>(swap ? sine : cosine) ^ ((w3 & 0x80000000u) << 32);
-  const Words q = reinterpret_cast<Words>(swap ? cosine : sine) ^ ((w3 & 0x40000000u) << 33);
-  a = radius * reinterpret_cast<Doubles>(p);
-  b = radius * reinterpret_cast<Doubles>(q);
+template <int Terms, int N>
+FD_INLINE void horner(const double (&c)[Terms], const Doubles (&x)[N], Doubles (&y)[N]) {
+  for (int i = 0; i < N; i++) y[i] = Doubles{} + c[Terms - 1];
+#pragma GCC unroll 8
+  for (int k = Terms - 2; k >= 0; k--)
+    for (int i = 0; i < N; i++) y[i] = y[i] * x[i] + c[k];
 }
 
-// Elements [128 group, 128 (group + 1)) of a parameter's noise, scaled and on the grid.
-struct NoiseGroup {
-  const Noise& noise;
-  double* z;  // [kNoiseGroup]
-
-  FD_INLINE_MEMBER void put(int at, Words w0, Words w1, Words w2, Words w3) const {
-    Doubles a, b;
-    box_muller(w0, w1, w2, w3, a, b);
-    write(z + at, a * noise.scale + noise.magic - noise.magic);
-    write(z + at + 16, b * noise.scale + noise.magic - noise.magic);
+// Two vectors of independent standard normals for each vector of blocks, by the words of N of them
+// side by side: each is a long chain.
+template <int N>
+FD_INLINE void box_muller(const Words (&w)[4][N], Doubles (&a)[N], Doubles (&b)[N]) {
+  Doubles k[N], s[N], z[N], p[N], radius[N], x[N], y[N], cosine[N], sine[N];
+  for (int i = 0; i < N; i++) {
+    const Doubles u = to_double(w[1][i], 0x1p-32, 0) + to_double(w[0][i], 0x1p-64, 0x1p-65);
+    const Words bits = reinterpret_cast<Words>(u);
+    // u = m 2^k, m in [sqrt(1/2), sqrt(2)); the exponent is k + 1023.
+    const Words exponent = (bits + (0x3ff0000000000000u - 0x3fe6a09e667f3bcdu)) >> 52;
+    k[i] = to_double(exponent, 1, -1023);
+    const Doubles m = reinterpret_cast<Doubles>(bits - (exponent << 52) + 0x3ff0000000000000u);
+    s[i] = (m - 1.0) / (m + 1.0);
+    z[i] = s[i] * s[i];
   }
-};
+  horner(kLog, z, p);
+  for (int i = 0; i < N; i++) {
+    const Doubles log_m = (s[i] + s[i]) + s[i] * (z[i] * p[i]);
+    radius[i] = square_root((k[i] * 0.693147180559945309417 + log_m) * -2.0);
+  }
+  for (int i = 0; i < N; i++) {
+    x[i] = to_double(w[3][i] & 0x1fffffffu, 0x1p-29, 0) + to_double(w[2][i], 0x1p-61, 0x1p-62);
+    y[i] = x[i] * x[i];
+  }
+  horner(kCos, y, cosine);
+  horner(kSin, y, sine);
+  for (int i = 0; i < N; i++) {
+    const Doubles c = y[i] * cosine[i] + 1.0, d = x[i] * sine[i];
+    const auto swap = (w[3][i] & 0x20000000u) != 0;
+    const Words e = reinterpret_cast<Words>(swap ? d : c) ^ ((w[3][i] & 0x80000000u) << 32);
+    const Words f = reinterpret_cast<Words>(swap ? c : d) ^ ((w[3][i] & 0x40000000u) << 33);
+    a[i] = radius[i] * reinterpret_cast<Doubles>(e);
+    b[i] = radius[i] * reinterpret_cast<Doubles>(f);
+  }
+}
 
-static void philox_group(const Noise& noise, int64_t group, double* z) {
-  constexpr int n = kWide < 4 ? 2 : 4;  // vectors at once
+// The noise of N vectors of blocks, the first of them at z: scaled, and on the grid.
+template <int N>
+FD_INLINE void put_noise(const Noise& noise, const Words (&w)[4][N], double* z) {
+  Doubles a[N], b[N];
+  box_muller(w, a, b);
+  for (int i = 0; i < N; i++) {
+    write(z + i * kWide, a[i] * noise.scale + noise.magic - noise.magic);
+    write(z + i * kWide + 16, b[i] * noise.scale + noise.magic - noise.magic);
+  }
+}
+
+// Elements [128 group, 128 (group + 1)) of a parameter's noise.
+static void philox_group(const Noise& noise, const PhiloxKeys& keys, int64_t group, double* z) {
   const Draws& d = noise.draws;
-  const NoiseGroup out{noise, z};
   for (int t = 0; t < 4; t++) {
-    for (int j = 0; j < 16; j += n * kWide) {
-      constexpr int count = n * kWide < 16 ? n : 16 / kWide;
+    for (int j = 0; j < 16; j += 2 * kWide) {
       const uint64_t block = static_cast<uint64_t>(group) * 64 + static_cast<uint64_t>(t * 16 + j);
-      Words c[4][count];
-      for (int i = 0; i < count; i++) {
+      Words c[4][2];
+      for (int i = 0; i < 2; i++) {
         c[0][i] = lanes() + ((block + static_cast<uint64_t>(i * kWide)) & kLow);
         c[1][i] = Words{} + (d.counter[0] + (block >> 32));
         c[2][i] = Words{} + d.counter[1];
         c[3][i] = Words{} + d.counter[2];
       }
-      philox(d.key[0], d.key[1], c);
-      for (int i = 0; i < count; i++)
-        out.put(t * 32 + j + i * kWide, c[0][i], c[1][i], c[2][i], c[3][i]);
+      philox(keys, c);
+      put_noise(noise, c, z + t * 32 + j);
     }
   }
 }
 
 static void chacha20_group(const Noise& noise, int64_t group, double* z) {
   const Draws& d = noise.draws;
-  const NoiseGroup out{noise, z};
   for (int j = 0; j < 16; j += 2 * kWide) {
     const uint64_t block = static_cast<uint64_t>(group) * 16 + static_cast<uint64_t>(j);
     // Low halves: blocks j, j + 1, ...; high halves: those from j + kWide on.
@@ -222,14 +276,13 @@ static void chacha20_group(const Noise& noise, int64_t group, double* z) {
     x[15] = Pairs{} + d.counter[2];
     chacha20(d.key, x);
     for (int q = 0; q < 4; q++) {
-      Words w[2][4];
+      Words w[4][2];
       for (int i = 0; i < 4; i++) {
         const Words both = reinterpret_cast<Words>(x[4 * q + i]);
-        w[0][i] = both & kLow;
-        w[1][i] = both >> 32;
+        w[i][0] = both & kLow;
+        w[i][1] = both >> 32;
       }
-      for (int half = 0; half < 2; half++)
-        out.put(q * 32 + j + half * kWide, w[half][0], w[half][1], w[half][2], w[half][3]);
+      put_noise(noise, w, z + q * 32 + j);
     }
   }
 }
@@ -237,9 +290,7 @@ static void chacha20_group(const Noise& noise, int64_t group, double* z) {
 // kWide elements as doubles, exactly.
 struct FromF32 {
   using Element = float;
-  static FD_INLINE_MEMBER Doubles get(const float* x) {
-    return __builtin_convertvector(read<Floats>(x), Doubles);
-  }
+  static FD_INLINE_MEMBER Doubles get(const float* x) { return widen(read<Floats>(x)); }
 };
 struct FromF64 {
   using Element = double;
@@ -248,8 +299,8 @@ struct FromF64 {
 struct FromBf16 {
   using Element = uint16_t;
   static FD_INLINE_MEMBER Doubles get(const uint16_t* x) {
-    const Bits32 bits = __builtin_convertvector(read<Bits16>(x), Bits32) << 16;
-    return __builtin_convertvector(reinterpret_cast<Floats>(bits), Doubles);
+    const Bits32 bits = widen(read<Bits16>(x)) << 16;
+    return widen(reinterpret_cast<Floats>(bits));
   }
 };
 struct FromF16 {
@@ -264,7 +315,7 @@ struct FromF16 {
 #else
     for (int j = 0; j < kWide; j++) v[j] = from_f16(x[j]);
 #endif
-    return __builtin_convertvector(v, Doubles);
+    return widen(v);
   }
 };
 
@@ -280,21 +331,24 @@ template <class From>
 static double square_of(const void* data, int64_t n, double unit) {
   const auto* x = static_cast<const typename From::Element*>(data);
   constexpr int chains = 4;
+  // Squares of the narrower types fit a double as they are; a power of two changes no digit.
+  constexpr bool fits = sizeof(typename From::Element) < sizeof(double);
+  const double scale = fits ? 1.0 : unit;
   Doubles sum[chains] = {};
   int64_t j = 0;
   for (; j + chains * kWide <= n; j += chains * kWide)
     for (int k = 0; k < chains; k++) {
-      const Doubles v = From::get(x + j + k * kWide) * unit;
+      const Doubles v = From::get(x + j + k * kWide) * scale;
       sum[k] += v * v;
     }
   for (; j < n; j += kWide) {
-    const Doubles v = (n - j < kWide ? get_tail<From>(x + j, n - j) : From::get(x + j)) * unit;
+    const Doubles v = (n - j < kWide ? get_tail<From>(x + j, n - j) : From::get(x + j)) * scale;
     sum[0] += v * v;
   }
   const Doubles all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
   double total = 0;
   for (int k = 0; k < kWide; k++) total += all[k];
-  return total;
+  return fits ? total * unit * unit : total;
 }
 
 // N samples at once: the sums are read and written once for all of them.
@@ -367,7 +421,7 @@ FD_INLINE void release_group(const Noise& noise, const double* sum, const double
     if (sizeof(Out) == 8) {
       write(out + j, v);
     } else {
-      write(out + j, __builtin_convertvector(v, Floats));
+      write(out + j, narrow(v));
     }
   }
 }
@@ -377,9 +431,10 @@ static void release_to(const Noise& noise, int64_t first, int64_t n, const doubl
   alignas(64) double z[kNoiseGroup], last[kNoiseGroup] = {};
   alignas(64) Out part[kNoiseGroup];
   const Generator generator = noise.draws.generator;
+  const PhiloxKeys keys(noise.draws.key);
   for (int64_t j = 0; j < n; j += kNoiseGroup) {
     const int64_t group = (first + j) / kNoiseGroup, left = n - j;
-    if (generator == Generator::philox) philox_group(noise, group, z);
+    if (generator == Generator::philox) philox_group(noise, keys, group, z);
     if (generator == Generator::chacha20) chacha20_group(noise, group, z);
     const double* drawn = generator == Generator::none ? nullptr : z;
     if (left >= kNoiseGroup) {
@@ -410,7 +465,7 @@ static void privacy_words(const Draws& d, int64_t block, uint32_t* out) {
                      {Words{} + static_cast<uint64_t>(high)},
                      {Words{} + static_cast<uint64_t>(d.counter[1])},
                      {Words{} + static_cast<uint64_t>(d.counter[2])}};
-    philox(d.key[0], d.key[1], c);
+    philox(PhiloxKeys(d.key), c);
     for (int i = 0; i < 4; i++) out[i] = static_cast<uint32_t>(c[i][0][0]);
   } else {
     Pairs x[16];
