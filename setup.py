@@ -1,8 +1,9 @@
 """Builds the compiled modules; everything else is in pyproject.toml.
 
 `fastdistill._cpu` is built wherever there is a C++ compiler: the sources of csrc/cpu, of which
-isa_*.cpp once per instruction set. `fastdistill._cuda` is built where nvcc is found. Neither needs
-torch. Without a compiler the install still succeeds, in pure Python, and says so.
+isa_*.cpp and exact_*.cpp once per instruction set. `fastdistill._cuda` is built where nvcc is
+found. Neither needs torch. Without a compiler the install still succeeds, in pure Python, and
+says so.
 
 Environment: CXX (the compiler), FASTDISTILL_CUDA=0 (no CUDA module) or 1 (fail without it),
 NVCC (the CUDA compiler).
@@ -35,13 +36,13 @@ CPU_FLAGS = [
     "-Wall",
     "-Wextra",
 ]
-ISA_FLAGS = {
-    "isa_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "isa_avx512": [
-        "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma",
-        "-mprefer-vector-width=512",
-    ],
-}  # fmt: skip
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [
+    "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512",
+]  # fmt: skip
+# By the name of the file. Noise has the same bits everywhere: no product and sum in one rounding.
+X86_FLAGS = {"isa_avx2": AVX2, "exact_avx2": AVX2, "isa_avx512": AVX512, "exact_avx512": AVX512}
+EXACT_FLAGS = ["-ffp-contract=off"]
 
 
 def find_nvcc():
@@ -100,9 +101,9 @@ class BuildKernels(build_ext):
             flags.append("-fopenmp-simd")  # one thread, still vectorised
         sources = [Path(s) for s in ext.sources]
         if not X86:
-            sources = [s for s in sources if s.stem not in ISA_FLAGS]
+            sources = [s for s in sources if s.stem not in X86_FLAGS]
         jobs = [
-            ([cxx, *flags, *ISA_FLAGS.get(s.stem, []), "-c", str(s)], s, objects / f"{s.stem}.o")
+            ([cxx, *flags, *file_flags(s.stem), "-c", str(s)], s, objects / f"{s.stem}.o")
             for s in sources
         ]
         self.compile_and_link(jobs, ext, [cxx, "-shared", *link], target)
@@ -141,6 +142,10 @@ class BuildKernels(build_ext):
         outputs = [str(out) for _, _, out in jobs]
         if pending or not target.exists():
             run([*link, *outputs, "-o", str(target)])
+
+
+def file_flags(stem):
+    return X86_FLAGS.get(stem, []) + (EXACT_FLAGS if stem.startswith("exact_") else [])
 
 
 def run(command):

@@ -1,4 +1,4 @@
-"""The command: `python -m bench kd`, `all`, `bars`."""
+"""The command: `python -m bench kd`, `clip_and_noise`, `all`, `bars`."""
 
 import argparse
 import functools
@@ -6,7 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-from bench import bars, cases, plots, report, run
+import torch
+
+from bench import bars, cases, plots, privacy, report, run
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -15,6 +17,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.command == "bars":
         return _bars(options)
+    if options.command == "clip_and_noise":
+        return _clip_and_noise(options)
     ops = list(cases.OPS) if options.command == "all" else [options.command]
     status = 0
     for op in ops:
@@ -54,6 +58,17 @@ def _bars(options: argparse.Namespace) -> int:
     return 0
 
 
+def _clip_and_noise(options: argparse.Namespace) -> int:
+    threads = options.threads or sorted({torch.get_num_threads(), 1}, reverse=True)
+    say = functools.partial(print, flush=True)
+    results = privacy.measure(threads, options.dtypes, options.quick, say)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"written: {options.json}")
+    return int(privacy.wrong(results))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -82,6 +97,12 @@ def _parser() -> argparse.ArgumentParser:
             help="wait up to S seconds in all while other processes are at work (default: 240)",
         )
         command.add_argument("--quick", action="store_true", help="a glance: few repetitions")
+    text = "measure privacy.clip_and_noise on the CPU: its noise, and clipped sums"
+    command = commands.add_parser("clip_and_noise", help=text, description=text)
+    command.add_argument("--json", type=Path, metavar="F", help="write the rows there")
+    command.add_argument("--threads", type=_numbers, help="such as 2,1; default: all and 1")
+    command.add_argument("--dtypes", type=_dtypes, default=["fp32", "bf16"], help="fp32,bf16")
+    command.add_argument("--quick", action="store_true", help="a glance: few repetitions")
     command = commands.add_parser("bars", help="the measured ratios next to the promised ones")
     command.add_argument("--json", type=Path, metavar="F", help="default: results/kd-cpu.json")
     return parser

@@ -1,6 +1,6 @@
 """fastdistill: fused kernels for knowledge distillation in PyTorch."""
 
-from fastdistill import nn
+from fastdistill import nn, privacy
 from fastdistill._backend import backend
 from fastdistill._version import __version__
 from fastdistill.hint import hint_loss
@@ -14,6 +14,7 @@ __all__ = [
     "hint_loss",
     "kd_loss",
     "nn",
+    "privacy",
     "temperature_log_softmax",
     "temperature_softmax",
 ]

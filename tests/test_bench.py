@@ -132,7 +132,7 @@ def test_bench_truth_is_the_formula():
     want = cases.kd_eager(student, x.teacher.double(), x.labels)
     want.backward()
     torch.testing.assert_close(sum(piece[2] for piece in pieces), want.detach())
-    torch.testing.assert_close(torch.cat([piece[3] for piece in pieces]), student.grad)
+    torch.testing.assert_close(torch.cat([piece[3][0] for piece in pieces]), student.grad)
 
 
 @needs_kernels
@@ -142,6 +142,17 @@ def test_bench_softmax(same_threads):
     for row in found["rows"]:
         assert row["right"] == {"fastdistill": True, "eager": True, "wrong": False}
         assert row["limit"] is None
+
+
+@needs_kernels
+def test_bench_hint(same_threads):
+    """Right next to torch's, with a regressor (its products are the limit) and without."""
+    for shape in ([48, 32, 40], [48, 32]):
+        about = spec(op="hint", shape=shape, contenders=["fastdistill", "eager", "wrong"])
+        for row in worker.measure(about)["rows"]:
+            assert row["right"] == {"fastdistill": True, "eager": True, "wrong": False}
+            if row["pass"] == "both":
+                assert set(row["limit"]) >= ({"ms", "products"} if shape[2:] else {"traffic"})
 
 
 def test_bench_counts_nan_as_wrong():

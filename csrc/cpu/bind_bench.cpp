@@ -41,11 +41,28 @@ void copy_limit(uintptr_t student, uintptr_t teacher, uintptr_t out, int64_t byt
   });
 }
 
+// For bench/: reading and nothing else.
+uint32_t read_limit(uintptr_t data, int64_t bytes, int threads) {
+  const BenchKernels& kernels = active_kernels().bench;
+  py::gil_scoped_release released;
+  constexpr int64_t unit = 4096;
+  std::vector<uint32_t> found(static_cast<size_t>(threads) * 16);  // a cache line each
+  parallel_chunks((bytes + unit - 1) / unit, 1, threads, [&](int t, int64_t begin, int64_t end) {
+    const int64_t first = begin * unit, last = std::min(end * unit, bytes);
+    found[static_cast<size_t>(t) * 16] ^=
+        kernels.read_only(pointer<char>(data) + first, last - first);
+  });
+  uint32_t all = 0;
+  for (const uint32_t x : found) all ^= x;
+  return all;
+}
+
 }  // namespace
 
 void bind_bench(py::module_& m) {
   m.def("exp_loop", &exp_loop);
   m.def("copy_limit", &copy_limit);
+  m.def("read_limit", &read_limit);
 }
 
 }  // namespace fd

@@ -17,6 +17,7 @@ const Kernels& active_kernels();  // throws where FASTDISTILL_CPU_ISA asks for w
 void bind_kd(pybind11::module_& m);
 void bind_softmax(pybind11::module_& m);
 void bind_hint(pybind11::module_& m);
+void bind_privacy(pybind11::module_& m);
 void bind_bench(pybind11::module_& m);
 
 }  // namespace fd

@@ -14,12 +14,14 @@ namespace FD_ISA {
 #include "kd.inl"
 #include "softmax.inl"
 
+extern const PrivacyKernels privacy_kernels;  // exact.inl
 extern const Kernels kernels;
 const Kernels kernels = {
     {kd_scratch_bytes, kd_group_rows, kd_forward, kd_scale},
     {softmax_scratch_bytes, softmax_forward, softmax_backward},
     {hint_scratch_bytes, hint_rows},
-    {exp_loop, read_read_write},
+    &privacy_kernels,
+    {exp_loop, read_read_write, read_only},
 };
 
 }  // namespace FD_ISA

@@ -18,7 +18,7 @@ namespace fd {
 template <class Body>
 void parallel_chunks(int64_t rows, int64_t group, int threads, const Body& body) {
 #if defined(_OPENMP)
-  if (threads > 1) {
+  if (threads > 1 && rows > 0) {
     const int64_t share = (rows + threads * 8 - 1) / (threads * 8);
     const int64_t chunk = (share + group - 1) / group * group;
     const int64_t chunks = (rows + chunk - 1) / chunk;
@@ -29,7 +29,7 @@ void parallel_chunks(int64_t rows, int64_t group, int threads, const Body& body)
   }
 #endif
   (void)group;
-  body(0, 0, rows);
+  if (rows > 0) body(0, 0, rows);
 }
 
 constexpr int64_t kHugePageBytes = 3 << 20;  // of an output: below, few hold a whole page

@@ -106,7 +106,7 @@ FD_INLINE void narrow_bf16(const float* x, uint16_t* h) {
 
 FD_INLINE int64_t size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
 
-static const char* row_start(const Rows& rows, int64_t row, int64_t inner) {
+FD_INLINE const char* row_start(const Rows& rows, int64_t row, int64_t inner) {
   const int64_t element =
       row < inner ? row * rows.step : (row / inner) * rows.outer + (row % inner) * rows.step;
   return static_cast<const char*>(rows.data) + element * size_of(rows.type);

@@ -1,0 +1,29 @@
+// One call of the privacy driver, as the bindings fill it in.
+#pragma once
+#include <vector>
+
+#include "privacy.h"
+
+namespace fd {
+
+struct GradSamples {  // of one parameter
+  const void* data;   // [samples, size]
+  Type type;
+  int64_t size;
+  void* out;  // [size]
+  bool out_double;
+};
+
+struct PrivacyCall {
+  std::vector<GradSamples> parameters;
+  int64_t samples;
+  double clip;   // in place of the clip norm
+  double unit;   // a power of two: norms are taken of x unit
+  double magic;  // that rounds a sample's contribution to its grid, or 0
+  Noise noise;   // the counter is that of parameter 0
+  int threads;
+};
+
+void clip_and_noise(const PrivacyKernels& kernels, const PrivacyCall& call);
+
+}  // namespace fd

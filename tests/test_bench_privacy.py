@@ -1,0 +1,40 @@
+"""The benchmark of clip_and_noise: its rows, and that a wrong contender shows."""
+
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench import privacy
+from fastdistill import _native
+
+pytestmark = pytest.mark.skipif(_native.cpu().module is None, reason=str(_native.cpu().reason))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, one_thread):
+    monkeypatch.setattr(privacy, "NOISE_SHAPES", [(5000,)])
+    monkeypatch.setattr(privacy, "CLIP_SHAPES", [(4, 3000)])
+    monkeypatch.setattr(
+        privacy, "in_turn", lambda steps, *_: privacy_in_turn(steps, seconds=0.01, least=2, most=3)
+    )
+
+
+privacy_in_turn = privacy.in_turn
+
+
+def test_rows_and_verdicts(capsys, tmp_path):
+    path = tmp_path / "rows.json"
+    assert command.main(["clip_and_noise", "--quick", "--threads", "1", "--json", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "noise 5000 fp32" in text and "clip 4x3000 bf16" in text and "WRONG" not in text
+    assert "bar 4: " in text and "bar 1: " in text and "x reading twice (bar 1.3: " in text
+    assert path.exists()
+
+
+def test_a_wrong_contender_shows(monkeypatch, capsys):
+    def unclipped(generator):
+        return lambda x, sigma: x.double().mean(0) if len(x) else torch.randn(x.shape[1])
+
+    monkeypatch.setattr(privacy, "_fastdistill", unclipped)
+    assert command.main(["clip_and_noise", "--quick", "--threads", "1", "--dtypes", "fp32"]) == 1
+    assert "WRONG" in capsys.readouterr().out

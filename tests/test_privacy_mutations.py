@@ -1,0 +1,128 @@
+"""Broken releases, made by program from the reference: each has to fail the check that it should.
+
+The checks are those that every backend passes (test_privacy_values, _noise, _edges).
+"""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import privacy_checks as checks
+import pytest
+
+from fastdistill import privacy
+
+ROOM = Path(privacy.__file__).parent
+
+MUTATIONS = {
+    "norm of the first tensor only": (
+        "reference", "    for x in rows:\n", "    for x in rows[:1]:\n", "sensitivity",
+    ),
+    "norm of each tensor by itself": (
+        "reference", "x[some].double() * factor[some, None]",
+        "x[some].double() / x[some].double().norm(dim=1, keepdim=True).clamp(min=m.clip) * m.clip",
+        "sensitivity",
+    ),
+    "not clipped": ("reference", ".clamp(max=1)", ".clamp(min=1)", "sensitivity"),
+    "factor above 1": ("reference", ".clamp(max=1)", "", "formula"),
+    "no select: 0 times NaN": (
+        "reference", "norm.isfinite().nonzero()", "torch.ones_like(norm).nonzero()", "not_finite",
+    ),
+    "rounding of the result not paid for": (
+        "mechanism", "lost = 2.0**-24 if single else 2.0**-53", "lost = 0.0", "sensitivity",
+    ),
+    "grid not paid for": (
+        "mechanism", "lost = (grid + fine / 2) * root / max_norm", "lost = 0.0", "sensitivity",
+    ),
+    "the sum is not exact": (
+        "reference", "factor[some, None], m.fine)", "factor[some, None], 0.0)", "order",
+    ),
+    "grid of the actual batch": (
+        "reference", "m = mechanism\n",
+        "m = mechanism._replace(grid=mechanism.grid * len(grad_samples[0]))\n",
+        "replay",
+    ),
+    "divided by the actual batch": (
+        "reference", "total * m.inverse", "total / max(len(grad_samples[0]), 1)", "replay",
+    ),
+    "noise scaled by the actual batch": (
+        "reference", "z * m.scale", "z * m.scale * max(len(grad_samples[0]), 1)**0.5", "replay",
+    ),
+    "noise per sample kept": (
+        "reference", "z * m.scale", "z * m.scale * max(len(kept), 1)", "replay",
+    ),
+    "noise without the clip norm": (
+        "mechanism", "scale=noise_multiplier * max_norm", "scale=noise_multiplier", "noise",
+    ),
+    "noise of 0.9": (
+        "mechanism", "scale=noise_multiplier * max_norm", "scale=0.9 * noise_multiplier * max_norm",
+        "noise",
+    ),
+    "noise of 0.9, by the audit": (
+        "mechanism", "scale=noise_multiplier * max_norm", "scale=0.9 * noise_multiplier * max_norm",
+        "audit",
+    ),
+    "one counter for all tensors": (
+        "reference", "normals(source, parameter,", "normals(source, 0,", "noise",
+    ),
+    "one counter for all tensors, by the audit": (
+        "reference", "normals(source, parameter,", "normals(source, 0,", "audit",
+    ),
+    "one counter for all blocks": ("reference", "block & _MASK,", "block * 0,", "noise"),
+    "a step is used twice": ("source", "self._step += 1 ", "self._step += 0 ", "streams"),
+    "the stream is not in the counter": (
+        "source", "source.stream & _MASK, source.stream >> 32", "0, 0", "streams",
+    ),
+    "the secure key is a constant": ("source", "os.urandom(32)", "bytes(32)", "streams"),
+    "a child goes on with the parent's key": (
+        "source", "    _secure = _Secure()  # with its own lock",
+        "    _secure._step = 0  # with its own lock", "streams",
+    ),
+    "the generator does not advance": (
+        "source", "random_(generator=generator)", "fill_(1)", "streams",
+    ),
+    "the seed is not in the key": ("source", "generator.initial_seed()", "1", "streams"),
+    "uniforms of 32 bits": ("reference", "(w0.double() + 0.5) * 2.0**-64", "2.0**-33", "tail"),
+    "half of the angles": (
+        "reference", "b = torch.where((w3 & 0x40000000) != 0, -b, b)", "b = b.abs()", "noise",
+    ),
+    "sine and cosine of different lengths": (
+        "reference", "radius * b", "radius * 0.97 * b", "noise",
+    ),
+}  # fmt: skip
+
+
+def mutated(module: str, old: str, new: str) -> checks.Implementation:
+    """The room's Python, with one change, as modules of their own."""
+    parts: dict[str, ModuleType] = {}
+    names = ("mechanism", "source", "reference")
+    for name in names:
+        text = (ROOM / f"{name}.py").read_text()
+        if name == module:
+            assert text.count(old) >= 1, f"{name}.py has no {old!r}: the mutation is out of date"
+            text = text.replace(old, new)
+        for other in names:
+            text = text.replace(f"fastdistill.privacy.{other}", f"mutated_{other}")
+        parts[name] = sys.modules[f"mutated_{name}"] = ModuleType(f"mutated_{name}")
+        exec(compile(text, f"{name}.py", "exec"), parts[name].__dict__)
+    return checks.Implementation("mutated", parts["reference"].clip_and_noise, **parts)
+
+
+@pytest.fixture(autouse=True)
+def forgotten(one_thread):
+    yield
+    for name in ("mechanism", "source", "reference"):
+        sys.modules.pop(f"mutated_{name}", None)
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_release_is_caught(name):
+    module, old, new, check = MUTATIONS[name]
+    broken = mutated(module, old, new)
+    with pytest.raises(AssertionError):
+        getattr(checks, f"check_{check}")(broken)
+
+
+@pytest.mark.parametrize("check", checks.CHECKS, ids=lambda c: c.__name__)
+def test_the_machinery_passes_what_is_not_broken(check):
+    check(mutated("reference", "m = mechanism\n", "m = mechanism\n"))
