@@ -41,8 +41,8 @@ def check(backend, function, x, temperature, grad, dim=-1):
         assert_within(name, *(v.movedim(dim, -1) for v in (g, w, n)))
     if got[2] is not None:
         assert got[2].dtype == temperature.dtype and got[2].shape == temperature.shape
-        # Its terms cancel, so that the error of one row says little: the worst counts for all. It
-        # is computed as x is, whatever type it is stored in.
+        # Its terms cancel, so that the error of one row says little: the worst counts for all.
+        # It is computed as x is, whatever type it is stored in.
         t = got[2] if x.dtype is F64 or got[2].dtype is not F64 else got[2].float()
         assert_within("temperature", *(v.reshape(1, -1) for v in (t, want[2], native[2])))
 

@@ -77,7 +77,7 @@ struct Chunk {
     if (first >= 0 && first + kChunk <= cols) {
       uint4* to = reinterpret_cast<uint4*>(row + first);
 #pragma unroll
-      for (int v = 0; v < kVectors; v++) to[v] = vectors[v];
+      for (int v = 0; v < kVectors; v++) __stwb(to + v, vectors[v]);  // `=` may become four stores
     } else {
       E x[kChunk];
       memcpy(x, vectors, sizeof x);

@@ -11,7 +11,7 @@ namespace fd {
 namespace {
 
 // Static shared memory of the block reductions, which the row kept in dynamic memory must leave.
-constexpr int kReserved = (sizeof(Totals) + sizeof(Losses)) * kMaxThreads / kWarp;
+constexpr int kReserved = (sizeof(Maxima) + sizeof(Parts) + sizeof(Losses)) * kMaxThreads / kWarp;
 constexpr int kDefaultShared = 48 * 1024;  // more than this has to be asked for
 
 template <class Params>

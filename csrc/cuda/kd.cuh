@@ -48,42 +48,76 @@ struct Sums {
   float max, at_t, at_1;
 };
 
-// Student and teacher take the same operations here and in `merge` (fmaf is explicit, so that no
-// compiler decides otherwise): equal logits give equal sums, and nearly equal ones give errors that
-// cancel in the difference of the sums. exp2f is one instruction in a build with -ftz=true.
-__device__ __forceinline__ void add(Sums& sums, const float (&x)[kChunk], const KdParams& p,
-                                    bool at_1) {
+// Student and teacher take the same operations here and in `join` (fmaf is explicit, so that no
+// compiler decides otherwise): equal logits give equal sums, to the bit. The logits become
+// exponentials at T. exp2f is one instruction in a build with -ftz=true.
+__device__ __forceinline__ void add(Sums& sums, float (&x)[kChunk], const KdParams& p, bool at_1) {
   float max = sums.max, sum_t = 0.f, sum_1 = 0.f;
 #pragma unroll
   for (int i = 0; i < kChunk; i++) max = fmaxf(max, x[i]);
   const float down = sums.max - max;
-#pragma unroll
-  for (int i = 0; i < kChunk; i++) sum_t += exp2f((x[i] - max) * p.exponent);
-  sums.at_t = fmaf(sums.at_t, exp2f(down * p.exponent), sum_t);
   if (at_1) {
 #pragma unroll
     for (int i = 0; i < kChunk; i++) sum_1 += exp2f((x[i] - max) * kLog2e);
     sums.at_1 = fmaf(sums.at_1, exp2f(down * kLog2e), sum_1);
   }
+#pragma unroll
+  for (int i = 0; i < kChunk; i++) sum_t += x[i] = exp2f((x[i] - max) * p.exponent);
+  sums.at_t = fmaf(sums.at_t, exp2f(down * p.exponent), sum_t);
   sums.max = max;
 }
 
-// Commutes to the bit: the sum below the higher maximum is always the one that is scaled.
-__device__ __forceinline__ Sums merge(const Sums& a, const Sums& b, const KdParams& p, bool at_1) {
-  const bool above = b.max > a.max;
-  const float max = above ? b.max : a.max;
-  const float down = (above ? a.max : b.max) - max;
-  Sums sums{max, 0.f, 0.f};
-  sums.at_t = fmaf(above ? a.at_t : b.at_t, exp2f(down * p.exponent), above ? b.at_t : a.at_t);
-  if (at_1) {
-    sums.at_1 = fmaf(above ? a.at_1 : b.at_1, exp2f(down * kLog2e), above ? b.at_1 : a.at_1);
-  }
-  return sums;
-}
-
+// `excess` is student.at_t - teacher.at_t, as a sum of differences of exponentials: the rounding
+// of a difference of sums would be common to log(q / p) of all classes, which at high T is less.
 struct Totals {
   Sums student, teacher;
+  float excess;
 };
+
+// The excess once the maxima have become these: each sum is multiplied by its own power of e.
+__device__ __forceinline__ float moved(const Totals& from, float student_max, float teacher_max,
+                                       const KdParams& p) {
+  const float down_s = from.student.max - student_max, down_t = from.teacher.max - teacher_max;
+  if (down_s == 0.f && down_t == 0.f) return from.excess;
+  const float f_s = exp2f(down_s * p.exponent), f_t = exp2f(down_t * p.exponent);
+  const float apart = (down_s - down_t) * p.inverse_t;  // f_s / f_t = exp(apart)
+  const float difference = apart > 0.f ? -f_s * expm1f(-apart) : f_t * expm1f(apart);
+  return fmaf(f_s, from.excess, difference * from.teacher.at_t);
+}
+
+__device__ __forceinline__ void scale_to(Sums& sums, float max, const KdParams& p, bool at_1) {
+  const float down = sums.max - max;
+  sums.at_t *= exp2f(down * p.exponent);
+  if (at_1) sums.at_1 *= exp2f(down * kLog2e);
+  sums.max = max;
+}
+
+struct Maxima {
+  float student, teacher;
+};
+
+struct Parts {  // of a row's sums, under its maxima
+  float student, student_1, teacher, excess;
+};
+
+// The row's totals from those of the threads: first the maxima, then one scaling for each thread.
+template <class Group>
+__device__ __forceinline__ Totals join(Totals mine, const KdParams& p) {
+  const Maxima top = Group::reduce(
+      Maxima{mine.student.max, mine.teacher.max}, [](const Maxima& x, const Maxima& y) -> Maxima {
+        return {fmaxf(x.student, y.student), fmaxf(x.teacher, y.teacher)};
+      });
+  mine.excess = moved(mine, top.student, top.teacher, p);
+  scale_to(mine.student, top.student, p, p.separate);
+  scale_to(mine.teacher, top.teacher, p, false);
+  const Parts sum =
+      Group::reduce(Parts{mine.student.at_t, mine.student.at_1, mine.teacher.at_t, mine.excess},
+                    [](const Parts& x, const Parts& y) -> Parts {
+                      return {x.student + y.student, x.student_1 + y.student_1,
+                              x.teacher + y.teacher, x.excess + y.excess};
+                    });
+  return {{top.student, sum.student, sum.student_1}, {top.teacher, sum.teacher, 0.f}, sum.excess};
+}
 
 struct Losses {
   float soft;        // the sum of the divergence's terms
@@ -291,27 +325,34 @@ __global__ void __launch_bounds__(Store::kThreads) kd_forward(const KdParams a) 
   }
 
   Store store;
-  Totals totals{{kLowest, 0.f, 0.f}, {kLowest, 0.f, 0.f}};
+  Totals totals{{kLowest, 0.f, 0.f}, {kLowest, 0.f, 0.f}, 0.f};
   store.first_pass(row, [&](int, const Chunk<Student>& s, const Chunk<Teacher>& t) {
     float x[kChunk];
     s.unpack(x);
-    add(totals.student, x, a, a.separate);
     if constexpr (kSoft) {
-      t.unpack(x);
-      add(totals.teacher, x, a, false);
+      const Totals before = totals;
+      float y[kChunk];
+      t.unpack(y);
+      add(totals.student, x, a, a.separate);
+      add(totals.teacher, y, a, false);
+      float excess = 0.f;
+#pragma unroll
+      for (int i = 0; i < kChunk; i++) excess += x[i] - y[i];
+      totals.excess = moved(before, totals.student.max, totals.teacher.max, a) + excess;
+    } else {
+      add(totals.student, x, a, a.separate);
     }
   });
-  totals = Group::reduce(totals, [&](const Totals& x, const Totals& y) -> Totals {
-    return {merge(x.student, y.student, a, a.separate), merge(x.teacher, y.teacher, a, false)};
-  });
+  totals = join<Group>(totals, a);
   const Softmax q_of(totals.student.max, totals.student.at_t);
   const Softmax p_of(totals.teacher.max, totals.teacher.at_t);
   const Softmax q1_of(q_of.max, a.separate ? totals.student.at_1 : q_of.sum);
 
   // u = log(q / p) = shifted - log_sum_ratio, the logits differenced first: log q - log p would
-  // lose 8 % of the divergence of a teacher 1e-5 away.
+  // lose 8 % of the divergence of a teacher 1e-5 away. Far from 1, 1 + x has lost the ratio.
   const float max_difference = q_of.max - p_of.max;
-  const float log_sum_ratio = log1pf((q_of.sum - p_of.sum) / p_of.sum);
+  const float excess = totals.excess / p_of.sum;
+  const float log_sum_ratio = fabsf(excess) < 0.5f ? log1pf(excess) : logf(q_of.sum / p_of.sum);
   const auto shifted = [&](float s, float t) { return ((s - t) - max_difference) * a.inverse_t; };
 
   Losses losses{0.f, 0.f, 0.f, 0.f};

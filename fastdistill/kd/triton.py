@@ -68,11 +68,13 @@ _SIZES = ["rows", "cols", "inner", "s_outer", "s_step", "t_outer", "t_step", "s_
 
 
 @triton.jit
-def _log1p(x):
-    """log(1 + x). The GPU's log errs by 2^-22 around 1, so near 0 by the series of 2 atanh(z).
+def _log_ratio(excess, s, t):
+    """log(s / t) of positive s and t, where excess = s - t is known better than they are.
 
-    z = x / (2 + x); |x| < 0.1 has z^2 < 0.0028, and the first term left out is below 1e-20.
+    The GPU's log errs by 2^-22 around 1, so near 0 by the series of 2 atanh(z), z = x / (2 + x):
+    |x| < 0.1 has z^2 < 0.0028, and the first term left out is below 1e-20.
     """
+    x = excess / t
     z = x / (2.0 + x)
     w = z * z
     y = w * (1 / 15) + (1 / 13)
@@ -82,7 +84,7 @@ def _log1p(x):
     y = y * w + (1 / 5)
     y = y * w + (1 / 3)
     y = y * w + 1.0
-    return tl.where(tl.abs(x) < 0.1, 2.0 * z * y, tl.log(1.0 + x))
+    return tl.where(tl.abs(x) < 0.1, 2.0 * z * y, tl.log(s / t))
 
 
 @triton.jit
@@ -102,6 +104,13 @@ def _curve(u, DTYPE: tl.constexpr):
     y = y * u + (1 / 24)
     y = y * u + (1 / 6)
     return y * u + 0.5
+
+
+@triton.jit
+def _apart(e_s, e_t, difference, DTYPE: tl.constexpr):
+    """E_s - e_t = exp(a) - exp(b) for a difference a - b that is known better than they are."""
+    series = e_t * difference * (1.0 + difference * _curve(difference, DTYPE))
+    return tl.where(tl.abs(difference) < NEAR, series, e_s - e_t)
 
 
 @triton.jit
@@ -324,7 +333,7 @@ def _kd_rows_kernel(
             sum_1 += _sum_row(tl.exp2((s_end - m_s) * LOG2E))
     r_s = 1.0 / sum_s
     r_t = 1.0 / sum_t
-    log_ratio = _log1p(excess_s / sum_t)
+    log_ratio = _log_ratio(excess_s, sum_s, sum_t)
     log_sum = tl.log(sum_s)
 
     mean = tl.zeros_like(sum_s)
@@ -438,6 +447,7 @@ def _kd_blocks_kernel(
         a_s = tl.zeros((LANES,), DTYPE)
         a_t = a_s
         a_1 = a_s
+        a_x = a_s  # a_s - a_t, as a sum of differences: see _kd_rows_kernel
         a_d = a_s  # sum of e (s - t)
         peak = a_s  # the largest e |s - t|
         m_out = m_s  # the largest s where t is -inf
@@ -448,7 +458,8 @@ def _kd_blocks_kernel(
             before = m_s
             m_s, z = _advance(s, m_s)
             e = tl.exp2((s - z[:, None]) * scale)
-            rescale = tl.exp2((before - z) * scale)
+            down = before - z
+            rescale = tl.exp2(down * scale)
             a_s = a_s * rescale + tl.sum(e, 1)
             if HARD and not UNIT:
                 e_1 = tl.exp2((s - z[:, None]) * LOG2E)
@@ -458,7 +469,11 @@ def _kd_blocks_kernel(
                 before = m_t
                 m_t, z = _advance(t, m_t)
                 e_t = tl.exp2((t - z[:, None]) * scale)
-                a_t = a_t * tl.exp2((before - z) * scale) + tl.sum(e_t, 1)
+                down_t = before - z
+                rescale_t = tl.exp2(down_t * scale)
+                apart = _apart(rescale, rescale_t, (down - down_t) * inv_temp, DTYPE)
+                a_x = a_x * rescale + (apart * a_t + tl.sum(e - e_t, 1))
+                a_t = a_t * rescale_t + tl.sum(e_t, 1)
                 if REVERSE:
                     d = e * _clipped_difference(s, t, e)
                     a_d = a_d * rescale + tl.sum(d, 1)
@@ -476,6 +491,7 @@ def _kd_blocks_kernel(
         if HARD and not UNIT:
             sum_1 = _join_lanes(a_1, lanes, s_end, m_s, LOG2E)
         sum_t = sum_s
+        excess = sum_s - sum_t
         top_t = m_s
         mean = hard
         bound = hard + 1.0
@@ -484,10 +500,15 @@ def _kd_blocks_kernel(
             t_end = _load(t_ptr + (t_start + end), outside, DTYPE)
             top_t = tl.maximum(tl.max(m_t, 0), tl.max(t_end))
             sum_t = _join_lanes(a_t, m_t, t_end, top_t, scale)
+            down = lanes - m_s
+            share = tl.exp2(down * scale)
+            apart = (down - (m_t - top_t)) * inv_temp
+            apart = _apart(share, tl.exp2((m_t - top_t) * scale), apart, DTYPE)
+            ends = tl.exp2((s_end - m_s) * scale) - tl.exp2((t_end - top_t) * scale)
+            excess = tl.sum(a_x * share + apart * a_t, 0) + tl.sum(ends)
             if REVERSE:
                 e_end = tl.exp2((s_end - m_s) * scale)
                 d_end = e_end * _clipped_difference(s_end, t_end, e_end)
-                share = tl.exp2((lanes - m_s) * scale)
                 mean = (tl.sum(a_d * share, 0) + tl.sum(d_end)) * r_s
                 out_end = tl.where(t_end == -float("inf"), s_end, -float("inf"))
                 m_out_row = tl.maximum(tl.max(m_out, 0), tl.max(out_end))
@@ -498,7 +519,7 @@ def _kd_blocks_kernel(
                     bound = (largest * r_s + tl.abs(mean)) * inv_temp
         r_t = 1.0 / sum_t
         r_1 = 1.0 / sum_1
-        log_ratio = _log1p((sum_s - sum_t) / sum_t)
+        log_ratio = _log_ratio(excess, sum_s, sum_t)
         log_sum = tl.log(sum_s)
         factor = row_scale
         if SCALED:

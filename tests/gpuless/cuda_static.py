@@ -49,18 +49,18 @@ def missing() -> str | None:
 
 
 def _short(symbol: str) -> str:
-    name = re.sub(r"\(fd::\w+Params\)|^void |\(fd::Divergence\)|fd::", "", symbol)
+    name = re.sub(r"\(fd::\w+(Params|Args)\)|^void |\(fd::(Divergence|Distance)\)|fd::", "", symbol)
     return name.replace("__nv_bfloat16", "bf16").replace("__half", "f16").replace("> >", ">>")
 
 
 def compile_for(
-    architecture: str, probe: str, folder: Path, *flags: str
+    architecture: str, probe: str, folder: Path, *flags: str, sources: Path = table.CSRC
 ) -> dict[str, machine_code.Code]:
-    """Demangled name -> code, of every kernel of a probe."""
+    """Demangled name -> code, of every kernel of a probe, on the kernels in `sources`."""
     command = nvcc()
     assert command is not None
     binary = folder / f"{architecture}.cubin"
-    command += [*FLAGS, *flags, f"-arch={architecture}", "-cubin", "-I", str(table.CSRC)]
+    command += [*FLAGS, *flags, f"-arch={architecture}", "-cubin", "-I", str(sources)]
     source = HERE / "cuemu" / probe
     subprocess.run([*command, str(source), "-o", str(binary)], check=True, capture_output=True)
     found = machine_code.sass(binary)

@@ -50,7 +50,7 @@ class TritonKernel(NamedTuple):
     check: Callable[[ModuleType, Config], None]  # its results against float64, or AssertionError
     tile: Callable[[Mapping[str, Any]], int]  # arguments -> elements that a program holds at once
     least: Callable[[Config], Least]
-    passes: Callable[[Mapping[str, Any]], int]  # arguments -> how often it reads each element
+    passes: Callable[[Mapping[str, Any]], float]  # arguments -> how often it reads each element
     headlines: Mapping[str, Config]  # for all targets: of these the roofline is drawn
     architecture: str  # the name in `module` that tells a launcher its target, for a patch
     faults: tuple[Config, ...]  # configurations on which faults are looked for

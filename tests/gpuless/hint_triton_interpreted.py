@@ -1,6 +1,6 @@
-"""The Triton backend of hint_loss under Triton's interpreter, against the reference in float64.
+"""The Triton backend of hint_loss, its products and blocks, under Triton's interpreter.
 
-Run by test_hint_triton.py in a process of its own.
+triton_checked.py has its kernels alone. Run by test_triton_interpreter.py in a process of its own.
 """
 
 from __future__ import annotations
@@ -9,14 +9,11 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import triton_shim
 
 triton_shim.install()
-
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
 
 import fastdistill  # noqa: E402
 from fastdistill import _backend  # noqa: E402
@@ -27,18 +24,6 @@ F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float6
 NAME = "triton-interpreted"
 DISTANCES = ["mse", "l1", "smooth_l1", "cosine"]
 NORMS: list[Any] = [None, "layer_norm", "l2", ("l2", "layer_norm")]
-
-
-def _dot(self: Any, a: Any, b: Any, d: Any, precision: Any, most: Any) -> Any:
-    """The interpreter multiplies bfloat16's raw bits."""
-    x, y = (
-        triton_shim.widen(m.data) if m.data.dtype == np.uint16 else m.data.astype(np.float32)
-        for m in (a, b)
-    )
-    return TensorHandle(np.matmul(x, y) + d.data, d.dtype.scalar)
-
-
-InterpreterBuilder.create_dot = _dot
 
 
 @pytest.fixture(autouse=True)
@@ -101,14 +86,6 @@ def check(s: Any, t: Any, w: Any = None, b: Any = None, go: Any = None, **kw: An
         band = (eps if i else 0.0) + 32 * 2.0 ** (-52 if s.dtype is F64 else -23)
         assert (g - x).norm() <= 2 * (n - x).norm() + band * x.norm() + 1e-30, (i, kw)
     return got
-
-
-@pytest.mark.parametrize("distance", DISTANCES)
-@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F32), (F64, F64)], ids=str)
-def test_the_distance_alone(dtypes: Any, distance: str) -> None:
-    for width, norm in itertools.product((9, 100, 1030), NORMS):
-        s, t = features(3, width, dtype=dtypes[0]), features(3, width, dtype=dtypes[1])
-        check(s, t, distance=distance, feature_norm=norm)
 
 
 @pytest.mark.parametrize("distance", DISTANCES)

@@ -100,7 +100,7 @@ def _sections(text: str) -> tuple[Loop, list[Loop]]:
             opcode, *modifiers = found[1].split(".")
             if opcode == "BRA" and (to := re.search(r"\((\.L_x_\w+)\)", found[2])):
                 branches.append((len(code), to[1]))
-            access = {"LDG": "load", "STG": "store"}.get(opcode)
+            access = {"LDG": "load", "LDGSTS": "load", "STG": "store"}.get(opcode)
             width = next((_WIDTHS[m] for m in modifiers if m in _WIDTHS), 4)
             code.append((_kind(found[1]), (access, width) if access else None))
     # A loop is what lies between a label and a later branch to it; only innermost ones count.
@@ -114,8 +114,8 @@ def _counted(code: list[tuple[str, tuple[str, int] | None]]) -> Loop:
     return Loop(Counter(a for _, a in code if a), Counter(kind for kind, _ in code))
 
 
-def ptx_bytes(text: str) -> int:
-    """Bytes of the accesses in PTX's innermost loops that load (in all the code without loops).
+def ptx_bytes(text: str) -> list[int]:
+    """Bytes of the accesses in each of PTX's innermost loops that load (or in all the code).
 
     ptxas may unroll a loop; what it made of it divided by this is how often.
     """
@@ -129,10 +129,14 @@ def ptx_bytes(text: str) -> int:
             branches.append((len(code), to[1]))
         elif found := re.search(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[a-z](\d+)\b", line):
             code.append((found[1], int(found[2] or 1) * int(found[3]) // 8))
+        elif found := re.search(
+            r"\bcp\.async\.c[ag]\.shared\.global.*?\], (0x[0-9a-f]+|\d+)", line
+        ):
+            code.append(("ld", int(found[1], 0)))
     spans = {(labels[to], at) for at, to in branches if labels.get(to, at) < at}
     inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-    loops = [code[a:b] for a, b in inner if any(kind == "ld" for kind, _ in code[a:b])]
-    return sum(width for loop in loops or [code] for _, width in loop)
+    loops = [code[a:b] for a, b in sorted(inner) if any(kind == "ld" for kind, _ in code[a:b])]
+    return [sum(width for _, width in loop) for loop in loops or [code]]
 
 
 # ----------------------------------------------------------------------------------------------

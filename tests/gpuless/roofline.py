@@ -125,10 +125,10 @@ def predict(op: str, shape: tuple[int, ...], dtype: str, gpu: GPU) -> tuple[str,
 
 def lines() -> Iterator[str]:
     """A table."""
-    yield f"{'kernel':18} {'headline':20} {'GPU':5} {'modelled':>13}  {'bound':13} of the least"
+    yield f"{'kernel':27} {'headline':20} {'GPU':5} {'modelled':>13}  {'bound':13} of the least"
     for kernel, headline, _, gpu, m in models():
         yield (
-            f"{kernel.name:18} {headline:20} {gpu.name:5} {1e-9 / m.seconds:6.0f} G elem/s"
+            f"{kernel.name:27} {headline:20} {gpu.name:5} {1e-9 / m.seconds:6.0f} G elem/s"
             f"  {m.bound:13} {m.share:5.0%}   "
             + "  ".join(f"{k} {v * 1e12:.2f}" for k, v in m.parts.items() if v)
             + " ps"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 import torch
 from entries import DTYPES, TARGETS, Config, CudaKernel, Least, TritonKernel
+from inputs import ROWS, strided
 from torch import Tensor
 
 from fastdistill.kd import reference
@@ -37,7 +37,6 @@ PLAIN: Config = {
     "layout": "dense",
     "target": "sm_90",
 }
-ROWS = 3
 
 
 def double(config: Config) -> bool:
@@ -57,32 +56,10 @@ def in_registers(config: Config) -> bool:
 # Calls.
 
 
-def far_apart(rows: Tensor) -> Tensor:
-    """The same rows, the third more than 2^31 elements after the first, at a stride that fits in
-    32 bits; the memory between costs none where nothing touches it."""
-    step = 2**30 + 2**10
-    memory = mmap.mmap(-1, ((len(rows) - 1) * step + rows.shape[-1]) * rows.element_size())
-    far = torch.frombuffer(memory, dtype=rows.dtype).as_strided(rows.shape, (step, 1))
-    return far.copy_(rows)
-
-
-def logits(config: Config, dtype: str, padded: int) -> Tensor:
-    """Rows that lie in NaN, so that what is read beside them shows."""
-    cols, layout = config["cols"], config["layout"]
-    if layout == "next_token":
-        x = torch.randn(2, ROWS + 1, cols).mul(2).to(DTYPES[dtype])
-        x[:, -1] = float("nan")
-        return x[:, :-1]
-    x = torch.full((ROWS, cols + (padded if layout == "padded" else 0)), float("nan"))
-    x = x.to(DTYPES[dtype])
-    x[:, :cols] = torch.randn(ROWS, cols).mul(2)
-    return far_apart(x) if layout == "far" else x[:, :cols]
-
-
 def inputs(config: Config) -> tuple[Tensor, Tensor, list[Any]]:
     """(student, teacher, the other arguments of kd_fwd but need_grad); one row is dropped."""
     torch.manual_seed(0)
-    s, t = logits(config, config["student"], 8), logits(config, config["teacher"], 47)
+    s, t = strided(config, config["student"], 8), strided(config, config["teacher"], 47)
     labels = torch.randint(config["cols"], s.shape[:-1])
     labels.view(-1)[0 if config["layout"] == "far" else -1] = -100
     smoothing = 0.1 if config["hard"] == "smooth" else 0.0

@@ -7,10 +7,16 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import room_hint
 import room_kd
+import room_softmax
 from entries import CudaKernel, TritonKernel
 
-TABLE: tuple[TritonKernel | CudaKernel, ...] = (*room_kd.KERNELS,)
+TABLE: tuple[TritonKernel | CudaKernel, ...] = (
+    *room_kd.KERNELS,
+    *room_softmax.KERNELS,
+    *room_hint.KERNELS,
+)
 TRITON = tuple(k for k in TABLE if isinstance(k, TritonKernel))
 CUDA = tuple(k for k in TABLE if isinstance(k, CudaKernel))
 
@@ -23,13 +29,17 @@ def triton_kernels(package: Path = PACKAGE) -> set[tuple[str, str]]:
     found, called = set(), set()
     for path in sorted(package.rglob("*.py")):
         module = ".".join(path.relative_to(package.parent).with_suffix("").parts)
-        for function in jit_functions(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        imports = (node for node in tree.body if isinstance(node, ast.ImportFrom))
+        real = {name.asname: name.name for node in imports for name in node.names if name.asname}
+        for function in jit_functions(tree):
             found.add((module, function.name))
-            called |= {
+            calls = {
                 node.func.id if isinstance(node.func, ast.Name) else node.func.attr
                 for node in ast.walk(function)
                 if isinstance(node, ast.Call) and isinstance(node.func, (ast.Name, ast.Attribute))
             }
+            called |= {real.get(name, name) for name in calls}
     return {(module, name) for module, name in found if name not in called}
 
 

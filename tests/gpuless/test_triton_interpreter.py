@@ -12,7 +12,11 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("file", ["triton_checked.py", "triton_interpreted.py"])
+FILES = ["triton_checked.py", "triton_interpreted.py"]
+FILES += ["triton_softmax_interpreted.py", "hint_triton_interpreted.py"]
+
+
+@pytest.mark.parametrize("file", FILES)
 def test_triton_under_the_interpreter(file: str) -> None:
     inner = Path(__file__).with_name(file)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(inner)]

@@ -1,7 +1,8 @@
 """Faults put by program into copies of the Triton kernels: the negative controls of the checks.
 
-Every place in a room's triton.py where a fault of one of these kinds can be made gives one copy of
-the module, found in its syntax tree; the rest of the text stays as it is.
+Every place in a room's triton.py, and in the functions that it takes from fastdistill/_triton.py,
+where a fault of one of these kinds can be made gives one copy of the module, found in its syntax
+tree; the rest of the text stays as it is.
 """
 
 from __future__ import annotations
@@ -9,17 +10,22 @@ from __future__ import annotations
 import ast
 import importlib.util
 import itertools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
+from unittest import mock
 
 import table
+
+SHARED = "fastdistill._triton"
 
 
 class Fault(NamedTuple):
     """One change of a module's text."""
 
+    path: Path
     kind: str
     function: str
     code: str  # what stands there
@@ -61,7 +67,20 @@ def _changes(node: ast.AST, source: bytes) -> Iterator[tuple[str, ast.AST, str]]
 
 
 def faults(path: Path) -> list[Fault]:
-    """All that can be made in a module, in the order of its text."""
+    """All that can be made in a room's module and in the functions it shares with other rooms."""
+    text = path.read_text()
+    shared = table.PACKAGE / "_triton.py"
+    needed = {
+        name.name
+        for node in ast.parse(text).body
+        if isinstance(node, ast.ImportFrom) and node.module == SHARED
+        for name in node.names
+    }
+    return _of(path) + [f for f in _of(shared) if f.function in needed]
+
+
+def _of(path: Path) -> list[Fault]:
+    """Those of one file, in the order of its text."""
     source = path.read_bytes()
     starts = [0, *itertools.accumulate(len(x) for x in source.splitlines(keepends=True))]
     found: list[Fault] = []
@@ -71,18 +90,23 @@ def faults(path: Path) -> list[Fault]:
                 begin = starts[part.lineno - 1] + part.col_offset  # type: ignore[attr-defined]
                 end = starts[part.end_lineno - 1] + part.end_col_offset  # type: ignore[attr-defined]
                 code = " ".join(source[begin:end].decode().split())
-                same = [
-                    f for f in found if (f.kind, f.function, f.code) == (kind, function.name, code)
-                ]
-                found.append(Fault(kind, function.name, code, len(same) + 1, begin, end, instead))
+                here = (kind, function.name, code)
+                nth = 1 + sum((f.kind, f.function, f.code) == here for f in found)
+                found.append(Fault(path, *here, nth, begin, end, instead))
     return found
 
 
-def module_with(fault: Fault | None, path: Path, folder: Path) -> ModuleType:
-    """A copy of the module at `path` with that fault, loaded from `folder`."""
-    source = path.read_bytes()
-    if fault is not None:
-        source = source[: fault.begin] + fault.instead.encode() + source[fault.end :]
+def module_with(fault: Fault, path: Path, folder: Path) -> ModuleType:
+    """A copy of the room's module at `path` with that fault, loaded from `folder`."""
+    source = fault.path.read_bytes()
+    source = source[: fault.begin] + fault.instead.encode() + source[fault.end :]
+    if fault.path == path:
+        return _loaded(source, folder)
+    with mock.patch.dict(sys.modules, {SHARED: _loaded(source, folder)}):
+        return _loaded(path.read_bytes(), folder)
+
+
+def _loaded(source: bytes, folder: Path) -> ModuleType:
     name = f"faulty_{len(list(folder.iterdir()))}"
     copy = folder / f"{name}.py"
     copy.write_bytes(source)

@@ -3,6 +3,7 @@
 - bfloat16 is held as raw uint16. Casts to it truncate, where the hardware rounds to nearest even,
   and arithmetic on it is done on the raw bits: here casts round, and arithmetic raises.
 - `tl.maximum` and `tl.minimum` propagate NaN there; on a GPU they drop it unless told otherwise.
+- `tl.dot` multiplies bfloat16's raw bits: here it widens its operands.
 - An access outside every tensor of the launch is silent there, and so is a false promise of
   alignment (`tl.multiple_of`): both raise.
 - Each call of one jit function by another patches all of triton.language again, though the launch
@@ -69,6 +70,14 @@ def _unary(self: Any, argument: Any, op: Any) -> Any:
     if _is_bfloat16(argument):
         raise TypeError("bfloat16 arithmetic: the interpreter would do it on raw bits")
     return _original["unary_op"](self, argument, op)
+
+
+def _dot(self: Any, a: Any, b: Any, total: Any, precision: Any, most: Any) -> Any:
+    x, y = (
+        widen(m.data) if _is_bfloat16(m) else m.data.astype(np.result_type(m.data, np.float32))
+        for m in (a, b)
+    )
+    return TensorHandle(np.matmul(x, y) + total.data, total.dtype.scalar)
 
 
 _ranges: list[tuple[int, int]] = []
@@ -150,5 +159,6 @@ def install() -> None:
     InterpreterBuilder.create_fp_to_fp = _float_to_float
     InterpreterBuilder.binary_op = _binary
     InterpreterBuilder.unary_op = _unary
+    InterpreterBuilder.create_dot = _dot
     InterpreterBuilder.create_maxnumf = lambda self, a, b: _binary(self, a, b, np.fmax)
     InterpreterBuilder.create_minnumf = lambda self, a, b: _binary(self, a, b, np.fmin)

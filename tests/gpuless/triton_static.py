@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -152,12 +151,16 @@ def passes(code: machine_code.Code) -> list[machine_code.Loop]:
     return loops or [code.everything]
 
 
-def unrolled(code: machine_code.Code, compiled: Any) -> float:
-    """How often ptxas has unrolled the loops; 1 for other compilers."""
+def unrolled(code: machine_code.Code, compiled: Any) -> list[float]:
+    """How often ptxas has unrolled each of `passes`; 1 for other compilers."""
+    parts = passes(code)
     if "ptx" not in compiled.asm:
-        return 1.0
-    moved = sum(w * n for p in passes(code) for (_, w), n in p.accesses.items())
-    return max(moved / machine_code.ptx_bytes(compiled.asm["ptx"]), 1.0)
+        return [1.0] * len(parts)
+    moved = [sum(w * n for (_, w), n in p.accesses.items()) for p in parts]
+    before = machine_code.ptx_bytes(compiled.asm["ptx"])
+    if len(before) != len(moved):
+        return [max(sum(moved) / sum(before), 1.0)] * len(parts)
+    return [max(m / b, 1.0) for m, b in zip(moved, before, strict=True)]
 
 
 def cost(
@@ -165,17 +168,21 @@ def cost(
 ) -> Cost:
     """From the counts of the loops. Modelled: nothing is run."""
     threads = launch.options.get("num_warps", 4) * TARGETS[target].warp_size
-    share = threads / kernel.tile(launch.arguments) / unrolled(code, compiled)
-    parts = passes(code)
+    share = threads / kernel.tile(launch.arguments)
+    parts = list(zip(passes(code), unrolled(code, compiled), strict=True))
 
     def moved(kind: str, least: int) -> float:
-        counts = sum((p.accesses for p in parts), start=Counter())
-        return sum(w * n for (k, w), n in counts.items() if k == kind and w >= least) * share
+        return share * sum(
+            w * n / times
+            for part, times in parts
+            for (k, w), n in part.accesses.items()
+            if k == kind and w >= least
+        )
 
     return Cost(
         moved("load", 1), moved("store", 1), moved("load", 16), moved("store", 16),
-        sum(p.mix["ex2"] for p in parts) * share,
-        sum(sum(p.mix.values()) for p in parts) * share,
+        sum(p.mix["ex2"] / times for p, times in parts) * share,
+        sum(sum(p.mix.values()) / times for p, times in parts) * share,
     )  # fmt: skip
 
 

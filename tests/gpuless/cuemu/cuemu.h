@@ -505,6 +505,11 @@ V __ldg(const V* p) {
   return *p;
 }
 
+template <class V>
+void __stwb(V* p, V value) {
+  *p = value;
+}
+
 template <class... Expected, class... Given>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...),
                                Given&&... arguments) {
