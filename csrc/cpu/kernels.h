@@ -2,8 +2,8 @@
 #pragma once
 #include "hint.h"
 #include "kd.h"
-#include "softmax.h"
 #include "privacy.h"
+#include "softmax.h"
 
 namespace fd {
 
