@@ -308,6 +308,10 @@ def _rows(
     if rows == 0:
         return
     block = min(_BLOCK_COLS, max(triton.next_power_of_2(cols), 32))
+    # Left to itself ptxas spills for the sake of 32 registers.
+    options = {"num_warps": 4, "maxnreg": 128}
+    if architecture(student.device) == "gfx9":  # 64 lanes to a warp
+        options = {"num_warps": 2}
     with torch.cuda.device_of(student):
         _rows_kernel[(rows,)](
             student, teacher, bias, factors, grad, loss, student.stride(0), teacher.stride(0),
@@ -315,7 +319,7 @@ def _rows(
             T_NORM=_NORMS[teacher_norm],
             ALIGNED=all(n % 16 == 0 for n in (student.stride(0), teacher.stride(0), cols)),
             DTYPE=tl.float64 if loss.dtype is torch.float64 else tl.float32, BLOCK=block,
-            num_warps=2 if architecture(student.device) == "gfx9" else 4, num_stages=1,
+            num_stages=1, **options,
         )  # fmt: skip
 
 
@@ -337,11 +341,14 @@ def _project(
     tiles = triton.cdiv(features, tile["BLOCK_N"])
     parts = torch.empty((tiles, rows), dtype=torch.float32, device=student.device)
     steps = (features, narrow, student.stride(0), teacher.stride(0))
+    aligned = all(n % 16 == 0 for n in steps)
+    if student.dtype is torch.float32 and not aligned:
+        tile = {**tile, "num_warps": 8}  # the addresses of narrow accesses would spill
     with torch.cuda.device_of(student):
         _project_kernel[(triton.cdiv(rows, tile["BLOCK_M"]), tiles)](
             student, weight.contiguous(), bias, teacher, factors, residual, parts, rows, features,
             narrow, student.stride(0), teacher.stride(0), DISTANCE=_DISTANCES[distance],
-            PRECISION="tf32" if tf32 else "ieee", ALIGNED=all(n % 16 == 0 for n in steps), **tile,
+            PRECISION="tf32" if tf32 else "ieee", ALIGNED=aligned, **tile,
         )  # fmt: skip
     torch.div(parts.sum(0), features, out=loss)
 
