@@ -12,10 +12,13 @@ version whose budgets are meant (PYTHONPATH may name another one).
 from __future__ import annotations
 
 import argparse
+import ast
+import contextlib
 import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +31,7 @@ import table
 import triton
 import triton_static as static
 from entries import TARGETS, Config, TritonKernel
+from triton.runtime.jit import JITFunction
 
 HERE = Path(__file__).parent
 
@@ -96,6 +100,25 @@ class Compiled(NamedTuple):
         }
 
 
+_parsing = threading.Lock()
+
+
+@contextlib.contextmanager
+def parsed_one_at_a_time() -> Iterator[None]:
+    """Two threads in `ast.parse` end with a SystemError now and then (CPython 3.11)."""
+    parse = JITFunction.parse
+
+    def alone(kernel: JITFunction) -> ast.Module:
+        with _parsing:
+            return parse(kernel)
+
+    JITFunction.parse = alone
+    try:
+        yield
+    finally:
+        JITFunction.parse = parse
+
+
 def compile_all(chosen: list[Job]) -> list[Compiled]:
     """As many at a time as there are cores: the compilers hold no lock while they work."""
     launches = [static.record(job.kernel, job.config, job.target) for job in chosen]
@@ -105,7 +128,7 @@ def compile_all(chosen: list[Job]) -> list[Compiled]:
         code = static.read(made)
         return Compiled(job, launch, code, static.cost(job.kernel, launch, made, code, job.target))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with parsed_one_at_a_time(), ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(one, chosen, launches))
 
 
