@@ -155,6 +155,18 @@ def test_bench_hint(same_threads):
                 assert set(row["limit"]) >= ({"ms", "products"} if shape[2:] else {"traffic"})
 
 
+def test_bench_sees_a_wrong_gradient_of_the_weight_alone():
+    x = cases.hint_inputs((8, 6, 5), "fp32", "cpu")
+
+    def wrong(x):
+        loss = cases.hint_eager(x.student, x.teacher, *x.weights)
+        return loss + (x.weights[0] - x.weights[0].detach()).sum()  # adds 0, and 1 to dW
+
+    (found,) = errors.of_all(cases.OPS["hint"], {"wrong": cases.Contender(wrong)}, x).values()
+    assert found["loss"] < 1e-6
+    assert not errors.acceptable(found, "fp32")
+
+
 def test_bench_counts_nan_as_wrong():
     assert errors.acceptable({"loss": 0.0, "gradient": 1e-6}, "fp32")
     assert not errors.acceptable({"loss": float("nan"), "gradient": 0.0}, "fp32")
