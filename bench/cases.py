@@ -86,17 +86,22 @@ def kd_eager(
     return hard * F.cross_entropy(s, y) + soft * TEMPERATURE**2 * kl
 
 
-def kd_contenders(device: str, dtype: str) -> dict[str, Contender]:
+def _ours(
+    op: str, device: str, dtypes: tuple[torch.dtype, ...], call: Callable[[Inputs], Any]
+) -> dict[str, Contender]:
     """On the CPU the library's choice, on a GPU each of its compiled backends as its own column."""
-    case = _backend.Case(device, (DTYPES[dtype],) * 2, False)
-    refusals = _backend.reasons("kd_loss", case)
+    refusals = _backend.reasons(op, _backend.Case(device, dtypes, False))
     if device == "cpu":
-        found = {"fastdistill": Contender(kd_fastdistill, unavailable=refusals["cpu"])}
-    else:
-        found = {
-            name: Contender(_under(name, kd_fastdistill), unavailable=refusals[name])
-            for name in ("triton", "cuda")
-        }
+        return {"fastdistill": Contender(call, unavailable=refusals["cpu"])}
+    return {
+        name: Contender(_under(name, call), unavailable=refusals[name])
+        for name in ("triton", "cuda")
+    }
+
+
+def kd_contenders(device: str, dtype: str) -> dict[str, Contender]:
+    """Ours, PyTorch's, and what it costs to have one term of the two."""
+    found = _ours("kd_loss", device, (DTYPES[dtype],) * 2, kd_fastdistill)
     compiled = torch.compile(kd_eager, dynamic=False)
     return {
         **found,
@@ -174,15 +179,7 @@ def softmax_eager(s: Tensor, temperature: float = TEMPERATURE) -> Tensor:
 
 def softmax_contenders(device: str, dtype: str) -> dict[str, Contender]:
     """As `kd_contenders`. Five arrays move: x and y; x, the gradient of y and that of x."""
-    case = _backend.Case(device, (DTYPES[dtype],), False)
-    refusals = _backend.reasons("temperature_softmax", case)
-    if device == "cpu":
-        found = {"fastdistill": Contender(softmax_fastdistill, unavailable=refusals["cpu"])}
-    else:
-        found = {
-            name: Contender(_under(name, softmax_fastdistill), unavailable=refusals[name])
-            for name in ("triton", "cuda")
-        }
+    found = _ours("temperature_softmax", device, (DTYPES[dtype],), softmax_fastdistill)
     compiled = torch.compile(softmax_eager, dynamic=False)
     everything = {
         **found,
@@ -234,14 +231,7 @@ def hint_eager(s: Tensor, t: Tensor, *weights: Tensor, reduction: str = "mean") 
 
 def hint_contenders(device: str, dtype: str) -> dict[str, Contender]:
     """As `kd_contenders`."""
-    refusals = _backend.reasons("hint_loss", _backend.Case(device, (DTYPES[dtype],) * 2, False))
-    if device == "cpu":
-        found = {"fastdistill": Contender(hint_fastdistill, unavailable=refusals["cpu"])}
-    else:
-        found = {
-            name: Contender(_under(name, hint_fastdistill), unavailable=refusals[name])
-            for name in ("triton", "cuda")
-        }
+    found = _ours("hint_loss", device, (DTYPES[dtype],) * 2, hint_fastdistill)
     compiled = torch.compile(hint_eager, dynamic=False)
     return {
         **found,

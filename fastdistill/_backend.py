@@ -7,10 +7,11 @@ that cannot run raises, with every reason. A fallback is chosen here, never caug
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 from collections.abc import Callable, Mapping
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import NamedTuple
 
 ORDER = ("triton", "cuda", "cpu", "reference")
@@ -142,3 +143,21 @@ def _choose(op: str, name: str, case: Case) -> str:
     if others:
         lines.append(f"  these can: {', '.join(others)} (for example backend({others[-1]!r}))")
     raise RuntimeError("\n".join(lines))
+
+
+class Launchers:
+    """backend -> the module whose functions of the ops' names launch its kernels.
+
+    Called with a backend it gives the module, imported at first use.
+    """
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self.names = dict(names)
+        self.modules: dict[str, ModuleType] = {}
+
+    def __call__(self, backend: object) -> ModuleType:
+        name = str(backend)
+        module = self.modules.get(name)
+        if module is None:
+            module = self.modules[name] = importlib.import_module(self.names[name])
+        return module

@@ -9,6 +9,7 @@ import torch
 
 import fastdistill
 from fastdistill import _native
+from fastdistill.distill import speed
 from fastdistill.hint import ops as hint_ops
 from fastdistill.kd import ops as kd_ops
 from fastdistill.privacy import ops as privacy_ops
@@ -70,6 +71,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """For jobs on tiny networks: one thread; the speed measured briefly, as none is judged."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(speed, "WARM_UP_S", 0.0)
+    patch.setattr(speed, "MEASURE_S", 0.02)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield patch
+    torch.set_num_threads(threads)
+    patch.undo()
 
 
 @pytest.fixture(autouse=True)

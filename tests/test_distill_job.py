@@ -21,17 +21,7 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """One thread, as the images are tiny; the speed measured briefly, as none is judged."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(speed, "WARM_UP_S", 0.0)
-    patch.setattr(speed, "MEASURE_S", 0.02)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from test_distill_data import FAINT, blobs, npz, refusal
 from test_distill_job import Recorder
 
 from fastdistill import cli
-from fastdistill.distill import job, models, report, speed, store, workbench
+from fastdistill.distill import job, models, report, store, workbench
 from fastdistill.distill.config import Config
 from fastdistill.distill.data import load
 from fastdistill.distill.evaluate import evaluate
@@ -59,16 +59,8 @@ SMALL = {
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick():
-    patch = pytest.MonkeyPatch()
-    patch.setattr(speed, "WARM_UP_S", 0.0)
-    patch.setattr(speed, "MEASURE_S", 0.02)
-    patch.setattr(report, "write", lambda outcome, figures: None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    patch.undo()
+def no_report(quick):
+    quick.setattr(report, "write", lambda outcome, figures: None)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ from fastdistill.distill.text.config import TextConfig
 
 transformers = pytest.importorskip("transformers")
 
-from fastdistill.distill import speed  # noqa: E402
 from fastdistill.distill.text import job, report, training  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,17 +31,7 @@ WORDS = "a the cat dog bird man tree house sees eats likes under near on big sma
 SCALE = 6.0
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """One thread, as the model is tiny; the speed measured briefly, as none is judged."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(speed, "WARM_UP_S", 0.0)
-    patch.setattr(speed, "MEASURE_S", 0.02)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def text(path, count=300, seed=0):

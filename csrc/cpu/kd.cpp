@@ -1,9 +1,6 @@
 // The driver of the kd kernels: which rows count, threads, the reduction over rows.
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "kd_call.h"
@@ -11,8 +8,6 @@
 
 namespace fd {
 namespace {
-
-constexpr int64_t kSerialElements = 16384;  // below this a second thread costs more than it gives
 
 // The factor of each row in the loss, and the checks of the values that decide it.
 KdStatus row_scales(const KdCall& c, std::vector<double>& scale) {
@@ -43,10 +38,6 @@ KdStatus row_scales(const KdCall& c, std::vector<double>& scale) {
     for (double& w : scale) w /= divisor;
   return {KdError::none, 0};
 }
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
 
 void put(void* out, bool is_double, int64_t i, double value) {
   if (is_double) {
@@ -98,15 +89,11 @@ KdStatus kd_forward(const KdKernels& kernels, const KdCall& call) {
     if (a.grad) std::memset(a.grad, 0, static_cast<size_t>(bytes));
     if (a.grad_scale) std::memset(a.grad_scale, 0, static_cast<size_t>(a.rows) * sizeof(float));
   } else if (a.rows > 0) {
-    const size_t scratch = (kernels.scratch_bytes(a) + 63) / 64 * 64;
-    const int64_t group = kernels.group_rows(a);
     const int threads = a.rows * a.cols < kSerialElements ? 1 : call.threads;
-    std::unique_ptr<char, Free> memory(
-        static_cast<char*>(std::aligned_alloc(64, scratch * static_cast<size_t>(threads))));
-    if (!memory) throw std::bad_alloc();
-    parallel_chunks(a.rows, group, threads, [&](int thread, int64_t begin, int64_t end) {
-      kernels.forward(a, begin, end, memory.get() + scratch * static_cast<size_t>(thread));
-    });
+    parallel_chunks_with_scratch(a.rows, kernels.group_rows(a), threads, kernels.scratch_bytes(a),
+                                 [&](char* scratch, int64_t begin, int64_t end) {
+                                   kernels.forward(a, begin, end, scratch);
+                                 });
   }
   reduce(call, scale, hard.data(), soft.data());
   return status;

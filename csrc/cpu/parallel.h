@@ -2,7 +2,12 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <new>
+
+#include "rows.h"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -31,6 +36,28 @@ void parallel_chunks(int64_t rows, int64_t group, int threads, const Body& body)
   (void)group;
   if (rows > 0) body(0, 0, rows);
 }
+
+constexpr int64_t kSerialElements = 16384;  // below this a second thread costs more than it gives
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+// The same with `bytes` of scratch for each thread: body(scratch, begin, end). It is 64-byte
+// aligned.
+template <class Body>
+void parallel_chunks_with_scratch(int64_t rows, int64_t group, int threads, size_t bytes,
+                                  const Body& body) {
+  bytes = (bytes + 63) / 64 * 64;
+  std::unique_ptr<char, Free> memory(
+      static_cast<char*>(std::aligned_alloc(64, bytes * static_cast<size_t>(threads))));
+  if (!memory) throw std::bad_alloc();
+  parallel_chunks(rows, group, threads, [&](int thread, int64_t begin, int64_t end) {
+    body(memory.get() + bytes * static_cast<size_t>(thread), begin, end);
+  });
+}
+
+inline int64_t item_bytes(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
 
 constexpr int64_t kHugePageBytes = 3 << 20;  // of an output: below, few hold a whole page
 

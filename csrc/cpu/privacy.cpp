@@ -8,9 +8,8 @@
 namespace fd {
 namespace {
 
-constexpr int64_t kChunk = 4096;            // elements of a work item: their sums are 32 KB
-constexpr int64_t kSerialElements = 16384;  // below this a second thread costs more than it gives
-constexpr double kEps = 1e-6;               // Opacus's, in C / (n + 1e-6)
+constexpr int64_t kChunk = 4096;  // elements of a work item: their sums are 32 KB
+constexpr double kEps = 1e-6;     // Opacus's, in C / (n + 1e-6)
 
 static_assert(kChunk % kNoiseGroup == 0, "a chunk has to be whole groups of noise");
 

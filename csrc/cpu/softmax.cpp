@@ -1,22 +1,10 @@
 // The drivers of the softmax kernels: arithmetic, threads, pages.
 #include "softmax.h"
 
-#include <cstdlib>
-#include <memory>
-#include <new>
-
 #include "parallel.h"
 
 namespace fd {
 namespace {
-
-constexpr int64_t kSerialElements = 16384;  // below this a second thread costs more than it gives
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-int64_t item_bytes(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
 
 // Also for temperatures whose products with a float leave its range.
 bool in_double(const SoftmaxRows& a) {
@@ -34,13 +22,9 @@ void run(const SoftmaxKernels& kernels, Kernel kernel, Args& args, void* out, in
   const int64_t bytes = a.rows * a.cols * item_bytes(a.x.type);
   if (bytes >= kHugePageBytes) advise_huge_pages(out, bytes);
   if (a.rows * a.cols < kSerialElements) threads = 1;
-  const size_t scratch = (kernels.scratch_bytes(a) + 63) / 64 * 64;
-  std::unique_ptr<char, Free> memory(
-      static_cast<char*>(std::aligned_alloc(64, scratch * static_cast<size_t>(threads))));
-  if (!memory) throw std::bad_alloc();
-  parallel_chunks(a.rows, 1, threads, [&](int thread, int64_t begin, int64_t end) {
-    kernel(args, begin, end, memory.get() + scratch * static_cast<size_t>(thread));
-  });
+  parallel_chunks_with_scratch(
+      a.rows, 1, threads, kernels.scratch_bytes(a),
+      [&](char* scratch, int64_t begin, int64_t end) { kernel(args, begin, end, scratch); });
 }
 
 }  // namespace

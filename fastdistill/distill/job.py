@@ -76,13 +76,8 @@ def run(
     listener = listener or Listener()
     directory = Directory(config.out)
     with directory.locked():
-        earlier = directory.read() if config.resume else None
-        if config.resume and earlier is None:
-            listener.say(f"Nothing to resume in {config.out}: starting from the beginning.")
-        config = _resolve(config)
-        if earlier is not None:
-            config = _resolve(resume.as_before(config, explicit, earlier))
-        else:
+        config, earlier = resume.settle(directory, config, explicit, _resolve, listener)
+        if earlier is None:
             config = _without_hint(config, explicit, listener)
         device = torch.device(config.device)
         data = load(config.data, config.seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -36,6 +36,35 @@ def as_before(config: Config, explicit: Collection[str], earlier: dict[str, Any]
     if "data" in explicit:
         del kept["data"]
     return cast(Config, replace(cast(Any, config), **kept))
+
+
+def settle(
+    directory: Directory,
+    config: Config,
+    explicit: Collection[str],
+    resolve: Callable[[Config], Config],
+    listener: Listener,
+) -> tuple[Config, dict[str, Any] | None]:
+    """(the settings to run with, the manifest of the run to continue or None).
+
+    Args:
+        directory: locked.
+        config: the settings as given.
+        explicit: names of those that the user gave; see `as_before`.
+        resolve: makes "auto" among them definite.
+        listener: is told where there is nothing to continue.
+
+    Raises:
+        JobError: see `as_before`.
+    """
+    wanted = cast(Any, config).resume
+    earlier = directory.read() if wanted else None
+    if wanted and earlier is None:
+        listener.say(f"Nothing to resume in {config.out}: starting from the beginning.")
+    config = resolve(config)
+    if earlier is not None:
+        config = resolve(as_before(config, explicit, earlier))
+    return config, earlier
 
 
 def begin(

@@ -94,64 +94,97 @@ def _run(
     return loss
 
 
-def forward(
-    kernel: RowKernel,
-    student: Tensor,
-    teacher: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    row_weight: Tensor | None,
-    normalizer: Tensor | None,
-    reduction: str,
-    divisor: float,
-    needs: Sequence[bool],
-    epilogue: Epilogue | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`hint_fwd` with this row kernel. Bad values in tensors give NaN rows."""
-    outputs = ops.allocate(student, teacher, weight, reduction, *needs)
-    loss, grad_student, grad_weight, grad_bias, grad_scale = outputs
-    scale = _rows.row_scale(
-        student, None, mask, row_weight, normalizer, 0, reduction, divisor, loss.dtype
-    ).reshape(-1)
-    factors = scale
-    if grad_scale.numel():
-        factors, common = _common(scale, teacher.shape[-1])
-        grad_scale.copy_(common)
-    distances = _run(
-        kernel, student, teacher, weight, bias, factors, mask is not None or row_weight is not None,
-        _needed((grad_student, grad_weight, grad_bias), needs), epilogue,
-    )  # fmt: skip
-    distances = torch.where(scale == 0, 0.0, distances * scale)
-    loss.copy_(distances.view(student.shape[:-1]) if reduction == "none" else distances.sum())
-    return outputs
+Kernels = Callable[[str, str, str, Tensor, Tensor], "tuple[RowKernel, Epilogue | None]"]
+"""(distance, student_norm, teacher_norm, student, teacher) to the kernels of a call; None where the
+projection cannot have the distance as its epilogue."""
+
+Scale = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""(gradient, out, grad_scale, grad_output): out is the gradient times both numbers; may be it."""
 
 
-def gradients(
-    kernel: RowKernel,
-    student: Tensor,
-    teacher: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    row_weight: Tensor | None,
-    grad_output: Tensor,
-    needs: Sequence[bool],
-    epilogue: Epilogue | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`hint_grad` with this row kernel."""
-    outputs = ops.allocate_gradients(student, teacher, weight, *needs)
-    dtype = ops.arithmetic(student, teacher)
-    scale = _rows.row_scale(student, None, mask, row_weight, None, 0, "none", 1.0, dtype)
-    factors = torch.where(scale == 0, 0.0, scale * grad_output).reshape(-1)
-    common = None
-    if student.dtype is torch.float16:
-        factors, common = _common(factors, teacher.shape[-1])
-    _run(kernel, student, teacher, weight, bias, factors, True, _needed(outputs, needs), epilogue)
-    if common is not None:
-        for x in outputs:
-            x.mul_(common)
-    return outputs
+class Launcher:
+    """This room's ops on a GPU, by a backend's kernels; bad values in tensors give NaN rows."""
+
+    def __init__(self, kernels: Kernels, scale: Scale) -> None:
+        self.kernels, self.scale = kernels, scale
+
+    def hint_fwd(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        row_weight: Tensor | None,
+        normalizer: Tensor | None,
+        distance: str,
+        student_norm: str,
+        teacher_norm: str,
+        reduction: str,
+        divisor: float,
+        *needs: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The op `fastdistill::hint_fwd`."""
+        kernel, epilogue = self.kernels(distance, student_norm, teacher_norm, student, teacher)
+        outputs = ops.allocate(student, teacher, weight, reduction, *needs)
+        loss, *gradients, grad_scale = outputs
+        scale = _rows.row_scale(
+            student, None, mask, row_weight, normalizer, 0, reduction, divisor, loss.dtype
+        ).reshape(-1)
+        factors = scale
+        if grad_scale.numel():
+            factors, common = _common(scale, teacher.shape[-1])
+            grad_scale.copy_(common)
+        masked = mask is not None or row_weight is not None
+        distances = _run(
+            kernel, student, teacher, weight, bias, factors, masked, _needed(gradients, needs),
+            epilogue,
+        )  # fmt: skip
+        distances = torch.where(scale == 0, 0.0, distances * scale)
+        loss.copy_(distances.view(student.shape[:-1]) if reduction == "none" else distances.sum())
+        return outputs
+
+    def hint_grad(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        row_weight: Tensor | None,
+        grad_output: Tensor,
+        distance: str,
+        student_norm: str,
+        teacher_norm: str,
+        *needs: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The op `fastdistill::hint_grad`."""
+        kernel, epilogue = self.kernels(distance, student_norm, teacher_norm, student, teacher)
+        outputs = ops.allocate_gradients(student, teacher, weight, *needs)
+        dtype = ops.arithmetic(student, teacher)
+        scale = _rows.row_scale(student, None, mask, row_weight, None, 0, "none", 1.0, dtype)
+        factors = torch.where(scale == 0, 0.0, scale * grad_output).reshape(-1)
+        common = None
+        if student.dtype is torch.float16:
+            factors, common = _common(factors, teacher.shape[-1])
+        gradients = _needed(outputs, needs)
+        _run(kernel, student, teacher, weight, bias, factors, True, gradients, epilogue)
+        if common is not None:
+            for x in outputs:
+                x.mul_(common)
+        return outputs
+
+    def hint_bwd(
+        self, grad: Tensor, grad_scale: Tensor, grad_output: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """The gradient times `grad_output` (and `grad_scale`), as a new tensor of `dtype`."""
+        out = torch.empty_like(grad)
+        self.scale(grad, out, grad_scale, grad_output)
+        return out.to(dtype)
+
+    def hint_bwd_(self, grad: Tensor, grad_scale: Tensor, grad_output: Tensor) -> None:
+        """The same in place."""
+        self.scale(grad, grad, grad_scale, grad_output)
 
 
 def _needed(made: Sequence[Tensor], needs: Sequence[bool]) -> Gradients:

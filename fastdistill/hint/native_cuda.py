@@ -54,46 +54,11 @@ def _rows(
     )
 
 
-def hint_fwd(
-    student: Tensor,
-    teacher: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    row_weight: Tensor | None,
-    normalizer: Tensor | None,
-    distance: str,
-    student_norm: str,
-    teacher_norm: str,
-    reduction: str,
-    divisor: float,
-    *needs: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The op `fastdistill::hint_fwd`."""
-    return gpu.forward(
-        functools.partial(_rows, distance, student_norm, teacher_norm), student, teacher, weight,
-        bias, mask, row_weight, normalizer, reduction, divisor, needs,
-    )  # fmt: skip
-
-
-def hint_grad(
-    student: Tensor,
-    teacher: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    row_weight: Tensor | None,
-    grad_output: Tensor,
-    distance: str,
-    student_norm: str,
-    teacher_norm: str,
-    *needs: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `fastdistill::hint_grad`."""
-    return gpu.gradients(
-        functools.partial(_rows, distance, student_norm, teacher_norm), student, teacher, weight,
-        bias, mask, row_weight, grad_output, needs,
-    )  # fmt: skip
+def _kernels(
+    distance: str, student_norm: str, teacher_norm: str, student: Tensor, teacher: Tensor
+) -> tuple[gpu.RowKernel, None]:
+    """The row kernel of a call; the products are cuBLAS's."""
+    return functools.partial(_rows, distance, student_norm, teacher_norm), None
 
 
 def _scale(grad: Tensor, out: Tensor, grad_scale: Tensor, grad_output: Tensor) -> None:
@@ -116,13 +81,6 @@ def _scale(grad: Tensor, out: Tensor, grad_scale: Tensor, grad_output: Tensor) -
         )
 
 
-def hint_bwd(grad: Tensor, grad_scale: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient times `grad_output` (and `grad_scale`), as a new tensor of `dtype`."""
-    out = torch.empty_like(grad)
-    _scale(grad, out, grad_scale, grad_output)
-    return out.to(dtype)
-
-
-def hint_bwd_(grad: Tensor, grad_scale: Tensor, grad_output: Tensor) -> None:
-    """The same in place."""
-    _scale(grad, grad, grad_scale, grad_output)
+_launcher = gpu.Launcher(_kernels, _scale)
+hint_fwd, hint_grad = _launcher.hint_fwd, _launcher.hint_grad
+hint_bwd, hint_bwd_ = _launcher.hint_bwd, _launcher.hint_bwd_

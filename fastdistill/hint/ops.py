@@ -8,21 +8,18 @@ reduction "none" each get a number of their own, which a finished gradient of W 
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-LAUNCHERS = {
-    "cpu": "fastdistill.hint.native",
-    "cuda": "fastdistill.hint.native_cuda",
-    "triton": "fastdistill.hint.triton",
-}
-"""backend -> the module whose functions of the ops' names launch its kernels."""
+from fastdistill._backend import Launchers
 
-_modules: dict[str, ModuleType] = {}
-
+launcher = Launchers(
+    {
+        "cpu": "fastdistill.hint.native",
+        "cuda": "fastdistill.hint.native_cuda",
+        "triton": "fastdistill.hint.triton",
+    }
+)
 _INPUTS = (
     "Tensor student, Tensor teacher, Tensor? weight, Tensor? bias, Tensor? mask, Tensor? row_weight"
 )
@@ -46,13 +43,6 @@ _library.define(
 _library.define(
     "hint_bwd_(Tensor(a!) grad, Tensor grad_scale, Tensor grad_output, str backend) -> ()"
 )
-
-
-def _launcher(backend: str) -> ModuleType:
-    module = _modules.get(backend)
-    if module is None:
-        module = _modules[backend] = importlib.import_module(LAUNCHERS[backend])
-    return module
 
 
 def arithmetic(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -117,22 +107,22 @@ def allocate(
 
 def _forward(student: Tensor, *args: object) -> tuple[Tensor, ...]:
     with torch.autocast(student.device.type, enabled=False):
-        return _launcher(args[-1]).hint_fwd(student, *args[:-1])  # type: ignore[arg-type]
+        return launcher(args[-1]).hint_fwd(student, *args[:-1])  # type: ignore[arg-type]
 
 
 def _gradients(student: Tensor, *args: object) -> tuple[Tensor, ...]:
     with torch.autocast(student.device.type, enabled=False):
-        return _launcher(args[-1]).hint_grad(student, *args[:-1])  # type: ignore[arg-type]
+        return launcher(args[-1]).hint_grad(student, *args[:-1])  # type: ignore[arg-type]
 
 
 def _backward(
     grad: Tensor, grad_scale: Tensor, grad_output: Tensor, dtype: torch.dtype, backend: str
 ) -> Tensor:
-    return _launcher(backend).hint_bwd(grad, grad_scale, grad_output, dtype)
+    return launcher(backend).hint_bwd(grad, grad_scale, grad_output, dtype)
 
 
 def _backward_(grad: Tensor, grad_scale: Tensor, grad_output: Tensor, backend: str) -> None:
-    _launcher(backend).hint_bwd_(grad, grad_scale, grad_output)
+    launcher(backend).hint_bwd_(grad, grad_scale, grad_output)
 
 
 for _key in ("CPU", "CUDA"):

@@ -11,7 +11,6 @@ No atomics: a row's distance is the sum of its tiles' parts, always in one order
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -94,6 +93,16 @@ def _apart(y, z, a, b):
     """
     near = (a <= 2.0 * b) & (b <= 2.0 * a)
     return tl.where(near, (y - z) * a + z * (a - b), y * a - z * b)
+
+
+@triton.jit
+def _slope(y, z, s_unit, t_unit, along_unit, DISTANCE: tl.constexpr):
+    """The derivative of the distance in the student's normalised features y."""
+    if DISTANCE == COSINE:
+        u = s_unit * (_apart(y, z, s_unit, t_unit) - along_unit * (y * s_unit))
+    else:
+        part, u = _by_element(y - z, DISTANCE)
+    return u
 
 
 @triton.jit
@@ -207,10 +216,7 @@ def _rows_kernel(
                     x, t = _pair(s_ptr, t_ptr, bias_ptr, column, inside, DTYPE)
                     y = (x - s_mean) * s_factor
                     z = (t - t_mean) * t_factor
-                    if DISTANCE == COSINE:
-                        u = s_unit * (_apart(y, z, s_unit, t_unit) - along_unit * (y * s_unit))
-                    else:
-                        part, u = _by_element(y - z, DISTANCE)
+                    u = _slope(y, z, s_unit, t_unit, along_unit, DISTANCE)
                     u = tl.where(inside, u, 0.0)
                     u_sum += u
                     uy_sum += u * y
@@ -225,10 +231,7 @@ def _rows_kernel(
                 x, t = _pair(s_ptr, t_ptr, bias_ptr, column, inside, DTYPE)
                 y = (x - s_mean) * s_factor
                 z = (t - t_mean) * t_factor
-                if DISTANCE == COSINE:
-                    u = s_unit * (_apart(y, z, s_unit, t_unit) - along_unit * (y * s_unit))
-                else:
-                    part, u = _by_element(y - z, DISTANCE)
+                u = _slope(y, z, s_unit, t_unit, along_unit, DISTANCE)
                 g = rate * s_factor * ((u - mean) - y * along)
                 tl.store(g_ptr + row * cols + column, g.to(g_ptr.dtype.element_ty), inside)
 
@@ -364,62 +367,12 @@ def _kernels(
     return rows, functools.partial(_project, distance)
 
 
-def hint_fwd(
-    student: Tensor,
-    teacher: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    row_weight: Tensor | None,
-    normalizer: Tensor | None,
-    distance: str,
-    student_norm: str,
-    teacher_norm: str,
-    reduction: str,
-    divisor: float,
-    *needs: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The op `fastdistill::hint_fwd`. Bad values in tensors give NaN rows: nothing synchronises."""
-    rows, epilogue = _kernels(distance, student_norm, teacher_norm, student, teacher)
-    return gpu.forward(
-        rows, student, teacher, weight, bias, mask, row_weight, normalizer, reduction, divisor,
-        needs, epilogue,
-    )  # fmt: skip
-
-
-def hint_grad(
-    student: Tensor,
-    teacher: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    row_weight: Tensor | None,
-    grad_output: Tensor,
-    distance: str,
-    student_norm: str,
-    teacher_norm: str,
-    *needs: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `fastdistill::hint_grad`."""
-    rows, epilogue = _kernels(distance, student_norm, teacher_norm, student, teacher)
-    return gpu.gradients(
-        rows, student, teacher, weight, bias, mask, row_weight, grad_output, needs, epilogue
-    )
-
-
 def _scale(grad: Tensor, out: Tensor, grad_scale: Tensor, grad_output: Tensor) -> None:
     """Out = grad times a number on the device; a factor of 1 in place touches nothing."""
     factor = grad_output * grad_scale.view(()) if grad_scale.numel() else grad_output
     kd_triton.scale(grad, out, grad.new_empty(0), factor)
 
 
-def hint_bwd(grad: Tensor, grad_scale: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient times `grad_output` (and `grad_scale`), as a new tensor of `dtype`."""
-    out: Any = torch.empty_like(grad)
-    _scale(grad, out, grad_scale, grad_output)
-    return out.to(dtype)
-
-
-def hint_bwd_(grad: Tensor, grad_scale: Tensor, grad_output: Tensor) -> None:
-    """The same in place."""
-    _scale(grad, grad, grad_scale, grad_output)
+_launcher = gpu.Launcher(_kernels, _scale)
+hint_fwd, hint_grad = _launcher.hint_fwd, _launcher.hint_grad
+hint_bwd, hint_bwd_ = _launcher.hint_bwd, _launcher.hint_bwd_

@@ -6,21 +6,18 @@ pass; `kd_bwd` multiplies it by `grad_output`, and `kd_bwd_` does so in place wh
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-LAUNCHERS = {
-    "cpu": "fastdistill.kd.native",
-    "cuda": "fastdistill.kd.native_cuda",
-    "triton": "fastdistill.kd.triton",
-}
-"""backend -> the module whose `kd_fwd`, `kd_bwd` and `kd_bwd_` launch its kernels."""
+from fastdistill._backend import Launchers
 
-_modules: dict[str, ModuleType] = {}
-
+launcher = Launchers(
+    {
+        "cpu": "fastdistill.kd.native",
+        "cuda": "fastdistill.kd.native_cuda",
+        "triton": "fastdistill.kd.triton",
+    }
+)
 _library = torch.library.Library("fastdistill", "FRAGMENT")
 _library.define(
     "kd_fwd(Tensor student, Tensor teacher, Tensor? labels, Tensor? mask, Tensor? row_weight,"
@@ -33,13 +30,6 @@ _library.define("kd_bwd(Tensor grad, Tensor grad_scale, Tensor grad_output, str 
 _library.define(
     "kd_bwd_(Tensor(a!) grad, Tensor grad_scale, Tensor grad_output, str backend) -> ()"
 )
-
-
-def _launcher(backend: str) -> ModuleType:
-    module = _modules.get(backend)
-    if module is None:
-        module = _modules[backend] = importlib.import_module(LAUNCHERS[backend])
-    return module
 
 
 def allocate(
@@ -64,15 +54,15 @@ def allocate(
 
 
 def _forward(student: Tensor, *args: object) -> tuple[Tensor, ...]:
-    return _launcher(args[-1]).kd_fwd(student, *args[:-1])  # type: ignore[arg-type]
+    return launcher(args[-1]).kd_fwd(student, *args[:-1])  # type: ignore[arg-type]
 
 
 def _backward(grad: Tensor, grad_scale: Tensor, grad_output: Tensor, backend: str) -> Tensor:
-    return _launcher(backend).kd_bwd(grad, grad_scale, grad_output)
+    return launcher(backend).kd_bwd(grad, grad_scale, grad_output)
 
 
 def _backward_(grad: Tensor, grad_scale: Tensor, grad_output: Tensor, backend: str) -> None:
-    _launcher(backend).kd_bwd_(grad, grad_scale, grad_output)
+    launcher(backend).kd_bwd_(grad, grad_scale, grad_output)
 
 
 for _key in ("CPU", "CUDA"):

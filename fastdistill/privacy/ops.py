@@ -5,32 +5,20 @@ The op is private: `api.py` validates for it, `source.py` sees that no counter c
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-LAUNCHERS = {"cpu": "fastdistill.privacy.native"}
-"""backend -> the module whose `clip_and_noise` launches its kernels."""
+from fastdistill._backend import Launchers
 
-_modules: dict[str, ModuleType] = {}
-
+launcher = Launchers({"cpu": "fastdistill.privacy.native"})
 _library = torch.library.Library("fastdistill", "FRAGMENT")
 _library.define(
     "clip_and_noise(Tensor[] grad_samples, float clip, float unit, float fine, float grid,"
     " float scale, float inverse, int kind, Tensor key, int stream, str backend) -> Tensor[]"
 )
-
-
-def launcher(backend: str) -> ModuleType:
-    """The module of a backend, imported at first use."""
-    module = _modules.get(backend)
-    if module is None:
-        module = _modules[backend] = importlib.import_module(LAUNCHERS[backend])
-    return module
 
 
 def allocate(grad_samples: Sequence[Tensor]) -> list[Tensor]:

@@ -6,21 +6,18 @@ that the forward has left; the output it does without (see csrc/cpu/softmax.inl)
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-LAUNCHERS = {
-    "cpu": "fastdistill.softmax.native",
-    "cuda": "fastdistill.softmax.native_cuda",
-    "triton": "fastdistill.softmax.triton",
-}
-"""backend -> the module whose `softmax_fwd` and `softmax_bwd` launch its kernels."""
+from fastdistill._backend import Launchers
 
-_modules: dict[str, ModuleType] = {}
-
+launcher = Launchers(
+    {
+        "cpu": "fastdistill.softmax.native",
+        "cuda": "fastdistill.softmax.native_cuda",
+        "triton": "fastdistill.softmax.triton",
+    }
+)
 _library = torch.library.Library("fastdistill", "FRAGMENT")
 _library.define(
     "softmax_fwd(Tensor x, Tensor? temperature, float scalar, bool log, str backend)"
@@ -30,13 +27,6 @@ _library.define(
     "softmax_bwd(Tensor grad, Tensor x, Tensor stats, Tensor? temperature, float scalar, bool log,"
     " bool need_temperature, str backend) -> (Tensor grad_x, Tensor grad_temperature)"
 )
-
-
-def _launcher(backend: str) -> ModuleType:
-    module = _modules.get(backend)
-    if module is None:
-        module = _modules[backend] = importlib.import_module(LAUNCHERS[backend])
-    return module
 
 
 def _arithmetic(x: Tensor) -> torch.dtype:
@@ -66,11 +56,11 @@ def allocate_gradients(x: Tensor, need_temperature: bool) -> tuple[Tensor, Tenso
 
 
 def _forward(x: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    return _launcher(args[-1]).softmax_fwd(x, *args[:-1])  # type: ignore[arg-type]
+    return launcher(args[-1]).softmax_fwd(x, *args[:-1])  # type: ignore[arg-type]
 
 
 def _backward(grad: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    return _launcher(args[-1]).softmax_bwd(grad, *args[:-1])  # type: ignore[arg-type]
+    return launcher(args[-1]).softmax_bwd(grad, *args[:-1])  # type: ignore[arg-type]
 
 
 for _key in ("CPU", "CUDA"):

@@ -177,7 +177,7 @@ def as_backend(
     tables = {op: dict(table) for op, table in _backend.ops().items()}
     ops = rooms()
     for room, module in launchers.items():
-        ops[room]._modules[name] = module
+        ops[room].launcher.modules[name] = module
     with mock.patch.object(_native, "_CUDA", native or _native._CUDA):
         for op, table in tables.items():
             if like in table:
@@ -193,10 +193,12 @@ def as_backend(
             for op, table in tables.items():
                 _backend.register(op, table)
             for room in launchers:
-                del ops[room]._modules[name]
+                del ops[room].launcher.modules[name]
 
 
 def registered(compiled: ModuleType) -> contextlib.AbstractContextManager[None]:
     """`fastdistill.backend("cuda-emulated")` works inside, in every room."""
-    launchers = {room: launcher(compiled, ops.LAUNCHERS["cuda"]) for room, ops in rooms().items()}
+    launchers = {
+        room: launcher(compiled, ops.launcher.names["cuda"]) for room, ops in rooms().items()
+    }
     return as_backend(NAME, "cuda", launchers, _native.Loaded(compiled, None))

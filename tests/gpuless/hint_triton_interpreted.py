@@ -15,7 +15,8 @@ import triton_shim
 
 triton_shim.install()
 
-import fastdistill  # noqa: E402
+from hint_checks import check, check_projected_in_blocks, features, run  # noqa: E402
+
 from fastdistill import _backend  # noqa: E402
 from fastdistill.hint import blocks, gpu, ops  # noqa: E402
 from fastdistill.hint import triton as hint_triton  # noqa: E402
@@ -51,7 +52,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(gpu, "products", Products)
     monkeypatch.setattr(gpu, "_BLOCK", 4000)
-    monkeypatch.setitem(ops._modules, NAME, hint_triton)
+    monkeypatch.setitem(ops.launcher.modules, NAME, hint_triton)
     table = dict(_backend.ops()["hint_loss"])
     _backend.register("hint_loss", {**table, NAME: lambda case: None})
     torch.manual_seed(0)
@@ -60,46 +61,10 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     _backend.register("hint_loss", table)
 
 
-def features(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
-    return torch.randn(shape).to(dtype)
-
-
-def run(
-    backend: str, s: Any, t: Any, w: Any = None, b: Any = None, go: Any = None, **kw: Any
-) -> Any:
-    leaves = [None if x is None else x.detach().requires_grad_() for x in (s, w, b)]
-    with fastdistill.backend(backend):
-        loss = fastdistill.hint_loss(leaves[0], t, proj_weight=leaves[1], proj_bias=leaves[2], **kw)
-    loss.backward(torch.full_like(loss, 512.0) if go is None else go.to(loss.dtype))
-    return [loss.detach(), *(x.grad for x in leaves if x is not None)]
-
-
-def check(s: Any, t: Any, w: Any = None, b: Any = None, go: Any = None, **kw: Any) -> list[Any]:
-    got = run(NAME, s, t, w, b, go, **kw)
-    wide = [None if x is None else x.double() for x in (s, t, w, b)]
-    want = run("reference", *wide, go, **kw)
-    native = run("reference", s, t, w, b, go, **kw)
-    eps = 0.0 if s.dtype in (F32, F64) else 1.1 * torch.finfo(s.dtype).eps
-    for i, (g, x, n) in enumerate(zip(got, want, native, strict=True)):
-        assert torch.equal(g.isnan(), x.isnan())
-        g, x, n = (y.double().nan_to_num() for y in (g, x, n))
-        band = (eps if i else 0.0) + 32 * 2.0 ** (-52 if s.dtype is F64 else -23)
-        assert (g - x).norm() <= 2 * (n - x).norm() + band * x.norm() + 1e-30, (i, kw)
-    return got
-
-
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
 def test_projected_in_blocks(dtype: torch.dtype, distance: str) -> None:
-    for norm, reduction in itertools.product((None, "layer_norm"), ("mean", "none")):
-        s, t = features(5, 20, 37, dtype=dtype), features(5, 20, 90, dtype=dtype)
-        w, b = features(90, 37, dtype=dtype) / 6, features(90, dtype=dtype)
-        mask = torch.rand(5, 20) > 0.4
-        s[~mask], t[~mask] = float("nan"), float("inf")
-        go = torch.randn(5, 20) * 64 if reduction == "none" else None
-        got = check(s, t, w, b, go, distance=distance, feature_norm=norm, reduction=reduction,
-                    mask=mask)  # fmt: skip
-        assert (got[1][~mask] == 0).all() and all(x.isfinite().all() for x in got)
+    check_projected_in_blocks(NAME, dtype, distance, 37, 90)
 
 
 def test_the_epilogue_is_what_projects(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +93,7 @@ def test_equal_zero_and_bad_rows() -> None:
 
 def test_feature_maps_and_no_rows() -> None:
     s, t = features(2, 6, 5, 7), features(2, 10, 5, 7)
-    check(s, t, features(10, 6), features(10), channel_dim=1, mask=torch.rand(2, 5, 7) > 0.5)
-    check(t, t.flip(0), channel_dim=1, distance="cosine")
+    check(NAME, s, t, features(10, 6), features(10), channel_dim=1, mask=torch.rand(2, 5, 7) > 0.5)
+    check(NAME, t, t.flip(0), channel_dim=1, distance="cosine")
     got = run(NAME, features(0, 6), features(0, 8), features(8, 6), features(8))
     assert all((x == 0).all() for x in got)

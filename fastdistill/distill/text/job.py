@@ -77,12 +77,7 @@ def run(
     listener = listener or Listener()
     directory = Directory(config.out, report.OUTPUTS, JOB)
     with directory.locked():
-        earlier = directory.read() if config.resume else None
-        if config.resume and earlier is None:
-            listener.say(f"Nothing to resume in {config.out}: starting from the beginning.")
-        config = _resolve(config)
-        if earlier is not None:
-            config = _resolve(resume.as_before(config, explicit, earlier))
+        config, earlier = resume.settle(directory, config, explicit, _resolve, listener)
         device = torch.device(config.device)
         corpus = sentences.load(config.data, config.held_out, config.seed)
         teacher = encoder.load(config.teacher, device)
