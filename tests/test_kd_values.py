@@ -266,3 +266,15 @@ def test_kd_float16_large_reverse_kl_does_not_overflow_before_its_divisor(backen
     want = run("reference", s.double(), t.double(), divergence="reverse_kl", temperature=4.0)[3]
     assert got.isfinite().all()
     assert (got.double() - want).norm() <= 2e-3 * want.norm()
+
+
+@pytest.mark.parametrize("classes", [10, 100, 1024, 5000])
+def test_kd_bf16_gradients_are_rounded_to_nearest(backend, classes):
+    """Not cut off, which a budget of one rounding would let pass."""
+    s, t = logits((20, classes), BF16), logits((20, classes), BF16)
+    y = torch.randint(classes, (20,))
+    settings = {"labels": y, "hard_weight": 0.5, "temperature": 2.0}
+    got = run(backend, s, t, **settings)[3]
+    want = run(backend, s.float(), t.float(), **settings)[3]
+    assert got.dtype is BF16
+    assert torch.equal(got, want.to(BF16))
