@@ -31,7 +31,7 @@ def test_softmax_a_bad_temperature_is_a_nan_row(
 
 
 def test_softmax_a_failed_launch_raises(emulated_cuda: ModuleType) -> None:
-    launcher = emulation.launcher(emulated_cuda, ops.LAUNCHERS["cuda"])
+    launcher = emulation.launcher(emulated_cuda, ops.launcher.names["cuda"])
     with pytest.raises(RuntimeError, match="temperature_softmax: the CUDA kernel did not start"):
         launcher._launch(
             "softmax_forward", torch.device("cpu"), x=0, type=1, x_outer=0, x_step=0, rows=1,
