@@ -1,4 +1,4 @@
-"""The command: `python -m bench kd`, `clip_and_noise`, `all`, `bars`."""
+"""The command: `python -m bench kd`, `all`, `instructions`, `bars`, ... (--help)."""
 
 import argparse
 import functools
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from bench import bars, cases, plots, privacy, report, run
+from bench import bars, cases, instructions, plots, privacy, report, run
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -19,6 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _bars(options)
     if options.command == "clip_and_noise":
         return _clip_and_noise(options)
+    if options.command == "instructions":
+        return _instructions(options)
     ops = list(cases.OPS) if options.command == "all" else [options.command]
     status = 0
     for op in ops:
@@ -69,6 +71,24 @@ def _clip_and_noise(options: argparse.Namespace) -> int:
     return int(privacy.wrong(results))
 
 
+def _instructions(options: argparse.Namespace) -> int:
+    if reason := instructions.unavailable():
+        print(f"instructions: skipped: {reason}", file=sys.stderr)
+        return 2
+    built_by, counts = instructions.compiler(), instructions.count()
+    print("\n".join(instructions.lines(counts)))
+    if options.record:
+        instructions.record(built_by, counts)
+        print(f"written: {instructions.BUDGETS} ({built_by})")
+    allowed = instructions.budgets(built_by)
+    if allowed is None:
+        print(f"no budgets of {built_by}; `python -m bench instructions --record` writes them")
+        return 0
+    found = instructions.over(counts, allowed)
+    print("\n".join(found or [f"within the budgets of {built_by}"]))
+    return int(bool(found))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -103,6 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--threads", type=_numbers, help="such as 2,1; default: all and 1")
     command.add_argument("--dtypes", type=_dtypes, default=["fp32", "bf16"], help="fp32,bf16")
     command.add_argument("--quick", action="store_true", help="a glance: few repetitions")
+    text = "instructions per element of the CPU kernels' inner loops, next to their budgets"
+    command = commands.add_parser("instructions", help=text, description=text)
+    command.add_argument("--record", action="store_true", help="make what is found the budgets")
     command = commands.add_parser("bars", help="the measured ratios next to the promised ones")
     command.add_argument("--json", type=Path, metavar="F", help="default: results/kd-cpu.json")
     return parser
