@@ -204,7 +204,9 @@ class Begins(NamedTuple):
 
 
 def begins(x: Tensor, outer: int, step: int, inner: int, count: int, vec: int) -> Begins:
-    """A stride that is never taken may say anything: here it goes on from the other one."""
-    if inner == 1:
-        step = outer if count > 1 else 0
+    """A stride that is never taken may say anything: here it goes on from the other one, and a
+    single row is followed by another of its length, as in the outputs.
+    """
+    if count == 1:
+        step = x.shape[-1]
     return Begins(step * inner if inner == count else outer, step, shift(x, vec))

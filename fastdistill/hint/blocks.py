@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdistill import _torch_private
+from fastdistill import _layout, _torch_private
 
 _ROUND = 32
 
@@ -25,28 +25,40 @@ def block_rows(rows: int, features: int, residual_apart: bool) -> int:
     return -(-count // _ROUND) * _ROUND
 
 
-def _merges(x: Tensor, first: int, last: int) -> bool:
-    """Whether dimensions first to last of x are one dimension of a view."""
-    shape, strides = x.shape, x.stride()
-    return all(strides[i] == strides[i + 1] * shape[i + 1] for i in range(first, last))
+def _split(x: Tensor) -> int | None:
+    """The row dimension of [..., D] before and after which views can merge the others; 0 where
+    they can merge all; None where there is none.
+    """
+    last = x.ndim - 1
+    places = (0, 1, last - 1) if last > 1 else (0,)
+    return next((i for i in places if _merge_around(x, i)), None)
+
+
+def _merge_around(x: Tensor, split: int) -> bool:
+    return _layout.merges(x, 0, split) and _layout.merges(x, split, x.ndim - 1)
+
+
+def like_rows(x: Tensor) -> Tensor:
+    """An uninitialised tensor for the gradient of [..., D]: in its layout, as far as the rows can
+    be taken apart as `Rows` does it with x; else contiguous.
+    """
+    made = torch.empty_like(x)
+    split = _split(x)
+    if _merge_around(made, 0 if split is None else split):
+        return made
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 class Rows:
     """The rows of [..., D], as a view [outer, inner, D], or as a copy where none fits."""
 
     def __init__(self, x: Tensor) -> None:
-        if x.ndim < 3:
-            self.nested = x.reshape(1, -1, x.shape[-1])
-        else:
-            last = x.ndim - 2
-            if not (_merges(x, 1, last) or _merges(x, 0, last - 1)):
-                x = x.contiguous()
-            if _merges(x, 0, last):
-                self.nested = x.flatten(0, last).unsqueeze(0)
-            elif _merges(x, 1, last):
-                self.nested = x.flatten(1, last)
-            else:
-                self.nested = x.flatten(0, last - 1)
+        last = x.ndim - 1  # the features
+        split = _split(x)
+        if split is None:
+            x, split = x.contiguous(), 0
+        outer = x.shape[:split].numel()
+        self.nested = x.reshape(outer, x.shape[split:last].numel(), x.shape[last])
         self.outer, self.inner, self.width = self.nested.shape
 
     def like(self, x: Tensor) -> Tensor:
@@ -124,20 +136,25 @@ class MklProducts(Products):
         """Converted where it has to be."""
         return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
+    @staticmethod
+    def _pitch(x: Tensor) -> int:
+        """From row to row. That of a single row may say anything, which oneMKL would refuse."""
+        return x.stride(0) if len(x) > 1 else x.shape[1]
+
     def project(self, x: Tensor, out: Tensor) -> None:
         """Out = x W', float32 sums."""
         self.function(
             self._ROW_MAJOR, self._AS_IT_IS, self._TRANSPOSED, *out.shape, x.shape[1], 1.0,
-            x.data_ptr(), x.stride(0), self.weight.data_ptr(), self.weight.stride(0), 0.0,
-            out.data_ptr(), out.stride(0),
+            x.data_ptr(), self._pitch(x), self.weight.data_ptr(), self._pitch(self.weight), 0.0,
+            out.data_ptr(), self._pitch(out),
         )  # fmt: skip
 
     def add_weight_gradient(self, total: Tensor, residual: Tensor, x: Tensor) -> None:
         """Total += R' x, float32 sums."""
         self.function(
             self._ROW_MAJOR, self._TRANSPOSED, self._AS_IT_IS, *total.shape, x.shape[0], 1.0,
-            residual.data_ptr(), residual.stride(0), x.data_ptr(), x.stride(0), 1.0,
-            total.data_ptr(), total.stride(0),
+            residual.data_ptr(), self._pitch(residual), x.data_ptr(), self._pitch(x), 1.0,
+            total.data_ptr(), self._pitch(total),
         )  # fmt: skip
 
 

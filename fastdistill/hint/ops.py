@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdistill._backend import Launchers
+from fastdistill.hint.blocks import like_rows
 
 launcher = Launchers(
     {
@@ -68,7 +69,7 @@ def allocate_gradients(
     nothing = (0,)
     features = teacher.shape[-1:]
     return (
-        torch.empty_like(student)
+        like_rows(student)
         if need_student
         else torch.empty(nothing, dtype=student.dtype, device=device),
         torch.empty(

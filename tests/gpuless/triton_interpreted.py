@@ -474,6 +474,10 @@ def test_layouts(kernel: str, types: tuple[torch.dtype, torch.dtype]) -> None:
         check(*shifted, Call(torch.randint(0, cols, (2, 3)), hard_weight=0.5))
         check(shifted[0], dense[1][:, 1:], Call(reduction="none"), torch.randn(2, 3))
         check(dense[0][0, 0], dense[1][0, 0], Call())
+        check(offset[0][0, 0], dense[1][0, 0], Call())  # a single row off the others' beat
+        odd = [x[0, :3].reshape(3 * cols).repeat(2) for x in dense]
+        odd = [x.as_strided((2, 1, 3, cols), (3 * cols, 5, cols, 1)) for x in odd]
+        check(*odd, Call())
         labels = torch.randint(0, cols, (4, 2)).t()
         mask = torch.tensor([[True, False]] * 4).t()
         weight = torch.rand(4, 2).t()

@@ -86,6 +86,8 @@ def test_layouts(kernel: str) -> None:
         base = torch.randn(2, 4, cols).to(dtype)
         views = [base, base[:, :-1], base.transpose(0, 1), base[:1].expand(3, 4, cols)]
         views += [torch.randn(2, cols, 4).to(dtype).transpose(1, 2), base[0, 0]]
+        odd = torch.randn(6 * cols).to(dtype).as_strided((2, 1, 3, cols), (3 * cols, 5, cols, 1))
+        views += [odd, base.flatten()[3 : 3 + cols]]
         for x in views:
             for grad in (
                 torch.randn(x.shape).to(dtype),
