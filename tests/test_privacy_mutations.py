@@ -4,6 +4,7 @@ The checks are those that every backend passes (test_privacy_values, _noise, _ed
 """
 
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -43,13 +44,17 @@ MUTATIONS = {
         "replay",
     ),
     "divided by the actual batch": (
-        "reference", "total * m.inverse", "total / max(len(grad_samples[0]), 1)", "replay",
+        "reference", "m = mechanism\n",
+        "m = mechanism._replace(inverse=1 / max(len(grad_samples[0]), 1))\n", "replay",
     ),
     "noise scaled by the actual batch": (
-        "reference", "z * m.scale", "z * m.scale * max(len(grad_samples[0]), 1)**0.5", "replay",
+        "reference", "m = mechanism\n",
+        "m = mechanism._replace(scale=mechanism.scale * max(len(grad_samples[0]), 1)**0.5)\n",
+        "replay",
     ),
     "noise per sample kept": (
-        "reference", "z * m.scale", "z * m.scale * max(len(kept), 1)", "replay",
+        "reference", "out = _release(total, m,",
+        "out = _release(total, m._replace(scale=m.scale * max(len(kept), 1)),", "replay",
     ),
     "noise without the clip norm": (
         "mechanism", "scale=noise_multiplier * max_norm", "scale=noise_multiplier", "noise",
@@ -63,10 +68,10 @@ MUTATIONS = {
         "audit",
     ),
     "one counter for all tensors": (
-        "reference", "normals(source, parameter,", "normals(source, 0,", "noise",
+        "reference", "GRADIENT_NOISE, parameter,", "GRADIENT_NOISE, 0,", "noise",
     ),
     "one counter for all tensors, by the audit": (
-        "reference", "normals(source, parameter,", "normals(source, 0,", "audit",
+        "reference", "GRADIENT_NOISE, parameter,", "GRADIENT_NOISE, 0,", "audit",
     ),
     "one counter for all blocks": ("reference", "block & _MASK,", "block * 0,", "noise"),
     "a step is used twice": ("source", "self._step += 1 ", "self._step += 0 ", "streams"),
@@ -92,37 +97,46 @@ MUTATIONS = {
 }  # fmt: skip
 
 
-def mutated(module: str, old: str, new: str) -> checks.Implementation:
-    """The room's Python, with one change, as modules of their own."""
+@contextmanager
+def broken_parts(module: str, old: str, new: str):
+    """The room's Python, with one change, as modules of their own, by their names."""
     parts: dict[str, ModuleType] = {}
     names = ("mechanism", "source", "reference")
-    for name in names:
-        text = (ROOM / f"{name}.py").read_text()
-        if name == module:
-            assert text.count(old) >= 1, f"{name}.py has no {old!r}: the mutation is out of date"
-            text = text.replace(old, new)
-        for other in names:
-            text = text.replace(f"fastdistill.privacy.{other}", f"mutated_{other}")
-        parts[name] = sys.modules[f"mutated_{name}"] = ModuleType(f"mutated_{name}")
-        exec(compile(text, f"{name}.py", "exec"), parts[name].__dict__)
-    return checks.Implementation("mutated", parts["reference"].clip_and_noise, **parts)
+    try:
+        for name in names:
+            text = (ROOM / f"{name}.py").read_text()
+            if name == module:
+                assert text.count(old) >= 1, f"{name}.py has no {old!r}: it is out of date"
+                text = text.replace(old, new)
+            for other in names:
+                text = text.replace(f"fastdistill.privacy.{other}", f"mutated_{other}")
+            parts[name] = sys.modules[f"mutated_{name}"] = ModuleType(f"mutated_{name}")
+            exec(compile(text, f"{name}.py", "exec"), parts[name].__dict__)
+        yield parts
+    finally:
+        for name in names:
+            sys.modules.pop(f"mutated_{name}", None)
+
+
+@contextmanager
+def mutated(module: str, old: str, new: str):
+    with broken_parts(module, old, new) as parts:
+        yield checks.Implementation("mutated", parts["reference"].clip_and_noise, **parts)
 
 
 @pytest.fixture(autouse=True)
-def forgotten(one_thread):
+def quietly(one_thread):
     yield
-    for name in ("mechanism", "source", "reference"):
-        sys.modules.pop(f"mutated_{name}", None)
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_broken_release_is_caught(name):
     module, old, new, check = MUTATIONS[name]
-    broken = mutated(module, old, new)
-    with pytest.raises(AssertionError):
+    with mutated(module, old, new) as broken, pytest.raises(AssertionError):
         getattr(checks, f"check_{check}")(broken)
 
 
 @pytest.mark.parametrize("check", checks.CHECKS, ids=lambda c: c.__name__)
 def test_the_machinery_passes_what_is_not_broken(check):
-    check(mutated("reference", "m = mechanism\n", "m = mechanism\n"))
+    with mutated("reference", "m = mechanism\n", "m = mechanism\n") as whole:
+        check(whole)

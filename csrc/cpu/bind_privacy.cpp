@@ -43,6 +43,30 @@ void clip_and_noise_(const std::vector<Parameter>& parameters, int64_t samples, 
   clip_and_noise(kernels, call);
 }
 
+void noisy_row_sum_(const std::vector<uintptr_t>& teachers, int type, int64_t rows, int64_t classes,
+                    uintptr_t out, bool out_double, double inverse_temperature, double exponentials,
+                    double clip, double unit, double fine, double grid, double scale,
+                    double inverse, int generator, uintptr_t key,
+                    const std::array<uint32_t, 3>& counter, int threads) {
+  RowSumCall call{};
+  for (uintptr_t x : teachers) call.teachers.push_back(pointer<void>(x));
+  call.type = static_cast<Type>(type);
+  call.rows = rows;
+  call.classes = classes;
+  call.out = pointer<void>(out);
+  call.out_double = out_double;
+  call.inverse_temperature = inverse_temperature;
+  call.magic_exp = kMagic * exponentials;
+  call.clip = clip;
+  call.unit = unit;
+  call.magic = kMagic * fine;
+  call.noise = {draws_of(generator, key, counter), scale, kMagic * grid, inverse};
+  call.threads = threads;
+  const PrivacyKernels& kernels = *active_kernels().privacy;
+  py::gil_scoped_release released;
+  noisy_row_sum(kernels, call);
+}
+
 // For the tests: the generators on the vectors of their authors.
 py::list random_words(int generator, uintptr_t key, int64_t block,
                       const std::array<uint32_t, 3>& counter) {
@@ -58,6 +82,7 @@ py::list random_words(int generator, uintptr_t key, int64_t block,
 
 void bind_privacy(py::module_& m) {
   m.def("clip_and_noise", &clip_and_noise_);
+  m.def("noisy_row_sum", &noisy_row_sum_);
   m.def("random_words", &random_words);
 }
 

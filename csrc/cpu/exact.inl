@@ -10,10 +10,11 @@ namespace fd {
 namespace FD_ISA {
 
 #include "privacy.inl"
+#include "softmax_sum.inl"
 
 extern const PrivacyKernels privacy_kernels;
-const PrivacyKernels privacy_kernels = {privacy_square, privacy_add, privacy_release,
-                                        privacy_words};
+const PrivacyKernels privacy_kernels = {privacy_square, privacy_add, privacy_add_softmax,
+                                        privacy_release, privacy_words};
 
 }  // namespace FD_ISA
 }  // namespace fd

@@ -9,7 +9,6 @@ namespace fd {
 namespace {
 
 constexpr int64_t kChunk = 4096;  // elements of a work item: their sums are 32 KB
-constexpr double kEps = 1e-6;     // Opacus's, in C / (n + 1e-6)
 
 static_assert(kChunk % kNoiseGroup == 0, "a chunk has to be whole groups of noise");
 
@@ -32,8 +31,7 @@ std::vector<Chunk> chunks_of(const std::vector<GradSamples>& parameters) {
 
 const void* at(const Chunk& chunk, int64_t sample) {
   const GradSamples& p = *chunk.of;
-  const int64_t bytes = p.type == Type::f64 ? 8 : p.type == Type::f32 ? 4 : 2;
-  return static_cast<const char*>(p.data) + (sample * p.size + chunk.first) * bytes;
+  return static_cast<const char*>(p.data) + (sample * p.size + chunk.first) * item_bytes(p.type);
 }
 
 // The factor of each sample; 0 for one that is not finite. First pass over the samples.

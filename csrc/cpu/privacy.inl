@@ -428,23 +428,25 @@ FD_INLINE void release_group(const Noise& noise, const double* sum, const double
 
 template <class Out>
 static void release_to(const Noise& noise, int64_t first, int64_t n, const double* sum, Out* out) {
-  alignas(64) double z[kNoiseGroup], last[kNoiseGroup] = {};
+  alignas(64) double z[kNoiseGroup], some[kNoiseGroup] = {};
   alignas(64) Out part[kNoiseGroup];
   const Generator generator = noise.draws.generator;
   const PhiloxKeys keys(noise.draws.key);
-  for (int64_t j = 0; j < n; j += kNoiseGroup) {
-    const int64_t group = (first + j) / kNoiseGroup, left = n - j;
+  for (int64_t j = 0; j < n;) {
+    const int64_t group = (first + j) / kNoiseGroup, at = (first + j) % kNoiseGroup;
+    const int64_t count = std::min(kNoiseGroup - at, n - j);
     if (generator == Generator::philox) philox_group(noise, keys, group, z);
     if (generator == Generator::chacha20) chacha20_group(noise, group, z);
     const double* drawn = generator == Generator::none ? nullptr : z;
-    if (left >= kNoiseGroup) {
+    if (count == kNoiseGroup) {
       release_group(noise, sum ? sum + j : nullptr, drawn, out + first + j);
-      continue;
+    } else {  // the first or the last group: it is whole in `some` and `part`
+      if (sum)
+        for (int64_t k = 0; k < count; k++) some[at + k] = sum[j + k];
+      release_group(noise, sum ? some : nullptr, drawn, part);
+      for (int64_t k = 0; k < count; k++) out[first + j + k] = part[at + k];
     }
-    if (sum)
-      for (int64_t k = 0; k < left; k++) last[k] = sum[j + k];
-    release_group(noise, sum ? last : nullptr, drawn, part);
-    for (int64_t k = 0; k < left; k++) out[first + j + k] = part[k];
+    j += count;
   }
 }
 

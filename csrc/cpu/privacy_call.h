@@ -24,6 +24,9 @@ struct PrivacyCall {
   int threads;
 };
 
+constexpr double kEps = 1e-6;  // Opacus's, in C / (n + 1e-6)
+
+void noisy_row_sum(const PrivacyKernels& kernels, const RowSumCall& call);
 void clip_and_noise(const PrivacyKernels& kernels, const PrivacyCall& call);
 
 }  // namespace fd

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastdistill import _backend, _refusals, _torch_private, _validate
-from fastdistill.privacy import mechanism, ops, reference, source
+from fastdistill import _validate
+from fastdistill.privacy import mechanism, ops, reference, release, source
 
 OP = "clip_and_noise"
 
@@ -67,17 +67,10 @@ def clip_and_noise(
             would be replayed.
     """
     samples = _check_samples(grad_samples)
-    max_norm = _validate.positive("max_norm", max_norm)
-    if not mechanism.SMALLEST_NORM <= max_norm <= mechanism.LARGEST_NORM:
-        raise ValueError(f"max_norm: expected a number from 2^-64 to 2^64, got {max_norm}")
-    noise_multiplier = _validate.number("noise_multiplier", noise_multiplier)
-    if noise_multiplier < 0:
-        raise ValueError(f"noise_multiplier: expected a number >= 0, got {noise_multiplier}")
+    max_norm = release.clip_norm(max_norm)
+    noise_multiplier = release.noise("noise_multiplier", noise_multiplier)
     expected = _validate.positive("expected_batch_size", expected_batch_size)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"generator: expected a torch.Generator or None, got {type(generator).__name__}"
-        )
+    release.check_generator(generator)
     planned = mechanism.plan(
         max_norm,
         noise_multiplier,
@@ -85,14 +78,8 @@ def clip_and_noise(
         sum(x.shape[1:].numel() for x in samples),
         any(x.dtype is not torch.float64 for x in samples),
     )
-    device = samples[0].device
-    dtypes = tuple(dict.fromkeys(x.dtype for x in samples))
-    case = _backend.Case(device.type, dtypes, _torch_private.transforms_active())
-    backend = _backend.choose(OP, case)
-    _refuse_recording(device)
-    bits = source.silent()
-    if noise_multiplier > 0:
-        bits = source.secure() if generator is None else source.seeded(generator)
+    backend = release.choose(OP, samples)
+    bits = release.stream(noise_multiplier, generator)
     with torch.no_grad():
         if backend == "reference":
             return reference.clip_and_noise(samples, planned, bits)
@@ -134,24 +121,4 @@ def _check_samples(grad_samples: object) -> list[Tensor]:
     return samples
 
 
-def _refuse_recording(device: torch.device) -> None:
-    """A graph that is compiled or captured once would add the same noise to every gradient."""
-    if torch.compiler.is_compiling():
-        raise RuntimeError(f"{OP}: torch.compile cannot trace it: its noise would be a constant")
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"{OP}: a CUDA graph cannot capture it: its noise would be replayed")
-
-
-def _no_transforms(case: _backend.Case) -> str | None:
-    if case.transforms:
-        return "a private release is not differentiated or mapped: call it outside the transform"
-    return None
-
-
-_backend.register(
-    OP,
-    {
-        "cpu": lambda case: _no_transforms(case) or _refusals.cpu(case),
-        "reference": _no_transforms,
-    },
-)
+release.register(OP)

@@ -1,5 +1,6 @@
-"""The numbers of one release, and the proof that no sample contributes more than the clip norm.
+"""The numbers of one release, and the proof that no sample contributes more than is said.
 
+*Clipped gradients* (`plan`; the samples' gradients, or one teacher's gradient of one query row).
 Let C be the clip norm, P the number of coordinates over all tensors, x a sample's gradient in R^P.
 
 1. *Norm.* Squares and their sum are float64 (a square of float32, bfloat16 or float16 is exact), so
@@ -25,6 +26,16 @@ Let C be the clip norm, P the number of coordinates over all tensors, x a sample
 nothing is post-processing: there C' also pays for the last rounding, to the result's type.
 
 The two grids depend on C and P alone: a grid that followed the actual batch would leak its size.
+
+*Answers* (`plan_answers`): the sum over teachers of p = softmax(z / T) over C classes.
+
+8. The exponentials are rounded to multiples of 2^-32: one of them is 1, none is above it, and the
+   sum s of C <= 2^20 is exact. However wrong they are, r = round(e (c / s)) onto the grid f has
+   r >= 0 and ||r|| <= ||e|| c / s (1 + 3 e) + f sqrt(C) / 2 <= c (1 + 3 e) + f sqrt(C) / 2.
+9. For r, r' >= 0: ||r - r'||^2 <= ||r||^2 + ||r'||^2. So a teacher whose row changes in any way, or
+   is dropped for not being finite (r' = 0), moves the sum by at most sqrt(2) (c (1 + 3 e) + f
+   sqrt(C) / 2), and the sum on the grid h by h sqrt(C) more. `plan_answers` chooses c < 1 so that
+   this is at most sqrt(2). Then 4, 6 and 7 as above.
 """
 
 from __future__ import annotations
@@ -47,10 +58,23 @@ _MOST_NOISE = 2.0**36
 """sigma sqrt(P) below which 9.5 sigma C has its multiple of h in the 52 bits of a float64."""
 
 
+MOST_TEACHERS = 1 << 16
+MOST_CLASSES = 1 << 20
+
+EXPONENTIALS = 2.0**-32
+"""The grid of the exponentials."""
+
+_ANSWER_GRID_SHARE = 2.0**-16
+"""h sqrt(C) for answers: their sums have more bits to spare."""
+
+_MOST_ANSWER_NOISE = 2.0**30
+"""sigma sqrt(C) for them: with 2^16 teachers all is below 2^51 h."""
+
+
 class Mechanism(NamedTuple):
     """The numbers that a kernel gets; 0 for a grid means that nothing is rounded."""
 
-    clip: float  # C', in place of the clip norm
+    clip: float  # C' or c, in place of the clip norm or of 1
     unit: float  # a power of two near 1 / C: squares are taken of x unit
     fine: float  # f, the grid of one sample's contribution
     grid: float  # h, the grid of the sum and of the noise
@@ -98,3 +122,24 @@ def plan(
         scale=noise_multiplier * max_norm,
         inverse=1 / expected_batch_size,
     )
+
+
+def plan_answers(noise_std: float, classes: int) -> Mechanism:
+    """The numbers of a sum of teachers' softmax rows over `classes`; `unit` is not used.
+
+    Raises:
+        ValueError: there are too many classes, or the noise is too wide, for the exact arithmetic.
+    """
+    root = math.sqrt(classes)
+    if noise_std * root > _MOST_ANSWER_NOISE:
+        raise ValueError(
+            f"noise_std: expected at most {_MOST_ANSWER_NOISE / root:g} with {classes} classes, "
+            f"got {noise_std}"
+        )
+    fine = grid = lost = 0.0
+    if noise_std > 0:
+        fine = 2.0**-31
+        grid = 2.0 ** (math.frexp(_ANSWER_GRID_SHARE / root)[1] - 1)
+        lost = (fine / 2 + grid / math.sqrt(2)) * root + 8 * 2.0**-53
+        lost *= 1 + 2.0**-10  # products of these small terms, and the rounding of these lines
+    return Mechanism(1 - lost, 1.0, fine, grid, noise_std, 1.0)

@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 
 from fastdistill import _native
-from fastdistill.privacy import ops
-from fastdistill.privacy.source import Source, counter
+from fastdistill.privacy import mechanism, ops
+from fastdistill.privacy.source import (
+    ANSWER_NOISE,
+    GRADIENT_NOISE,
+    ROW_GRADIENT_NOISE,
+    Source,
+    counter,
+)
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -45,10 +51,59 @@ def clip_and_noise(
         inverse,
         kind,
         key.data_ptr(),
-        counter(Source(kind, key, stream), 0),
+        counter(Source(kind, key, stream), GRADIENT_NOISE),
         torch.get_num_threads(),
     )
     return released
+
+
+def noisy_softmax_sum(teachers: Sequence[Tensor], temperature: float, *release: Any) -> Tensor:
+    """The op `fastdistill::noisy_softmax_sum` on the CPU."""
+    return _sum_rows(teachers, 1 / temperature, ANSWER_NOISE, *release)
+
+
+def noisy_gradient_sum(teachers: Sequence[Tensor], *release: Any) -> Tensor:
+    """The op `fastdistill::noisy_gradient_sum` on the CPU."""
+    return _sum_rows(teachers, 0.0, ROW_GRADIENT_NOISE, *release)
+
+
+def _sum_rows(
+    teachers: Sequence[Tensor],
+    inverse_temperature: float,
+    purpose: int,
+    clip: float,
+    unit: float,
+    fine: float,
+    grid: float,
+    scale: float,
+    inverse: float,
+    kind: int,
+    key: Tensor,
+    stream: int,
+) -> Tensor:
+    out = ops.allocate_rows(teachers)
+    dense = [x.contiguous() for x in teachers]  # held here until the call is over
+    _module().noisy_row_sum(
+        [x.data_ptr() for x in dense],
+        _TYPES[dense[0].dtype],
+        out.shape[0],
+        out.shape[1],
+        out.data_ptr(),
+        out.dtype is torch.float64,
+        inverse_temperature,
+        mechanism.EXPONENTIALS if grid else 0.0,
+        clip,
+        unit,
+        fine,
+        grid,
+        scale,
+        inverse,
+        kind,
+        key.data_ptr(),
+        counter(Source(kind, key, stream), purpose),
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def _module() -> Any:

@@ -1,6 +1,7 @@
-"""Schema, fake and the table backend -> launcher of this room's op. Registration only.
+"""Schemas, fakes and the table backend -> launcher of this room's ops. Registration only.
 
-The op is private: `api.py` validates for it, `source.py` sees that no counter comes twice.
+The ops are private: `api.py` and `teachers.py` validate for them, `source.py` sees
+that no counter comes twice.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from fastdistill._backend import Launchers
 
 launcher = Launchers({"cpu": "fastdistill.privacy.native"})
 _library = torch.library.Library("fastdistill", "FRAGMENT")
-_library.define(
-    "clip_and_noise(Tensor[] grad_samples, float clip, float unit, float fine, float grid,"
-    " float scale, float inverse, int kind, Tensor key, int stream, str backend) -> Tensor[]"
+_RELEASE = (  # a Mechanism, a Source
+    "float clip, float unit, float fine, float grid, float scale, float inverse, int kind,"
+    " Tensor key, int stream, str backend"
 )
+_library.define(f"clip_and_noise(Tensor[] grad_samples, {_RELEASE}) -> Tensor[]")
+_library.define(f"noisy_softmax_sum(Tensor[] teachers, float temperature, {_RELEASE}) -> Tensor")
+_library.define(f"noisy_gradient_sum(Tensor[] teachers, {_RELEASE}) -> Tensor")
 
 
 def allocate(grad_samples: Sequence[Tensor]) -> list[Tensor]:
@@ -33,12 +37,27 @@ def allocate(grad_samples: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
+def allocate_rows(teachers: Sequence[Tensor]) -> Tensor:
+    """An uninitialised result [n, C] for teachers' [n, C]: float32, or float64 for float64."""
+    return allocate([teachers[0][None]])[0]
+
+
 def _clip_and_noise(grad_samples: Sequence[Tensor], *args: Any) -> list[Tensor]:
     return launcher(args[-1]).clip_and_noise(grad_samples, *args[:-1])
 
 
+def _noisy_softmax_sum(teachers: Sequence[Tensor], *args: Any) -> Tensor:
+    return launcher(args[-1]).noisy_softmax_sum(teachers, *args[:-1])
+
+
+def _noisy_gradient_sum(teachers: Sequence[Tensor], *args: Any) -> Tensor:
+    return launcher(args[-1]).noisy_gradient_sum(teachers, *args[:-1])
+
+
 for _key in ("CPU", "CUDA"):
     _library.impl("clip_and_noise", _clip_and_noise, _key)
+    _library.impl("noisy_softmax_sum", _noisy_softmax_sum, _key)
+    _library.impl("noisy_gradient_sum", _noisy_gradient_sum, _key)
 
 
 @torch.library.register_fake("fastdistill::clip_and_noise", lib=_library)
@@ -46,5 +65,13 @@ def _fake(grad_samples: Sequence[Tensor], *args: object) -> list[Tensor]:
     return allocate(grad_samples)
 
 
+@torch.library.register_fake("fastdistill::noisy_softmax_sum", lib=_library)
+@torch.library.register_fake("fastdistill::noisy_gradient_sum", lib=_library)
+def _fake_rows(teachers: Sequence[Tensor], *args: object) -> Tensor:
+    return allocate_rows(teachers)
+
+
 clip_and_noise = torch.ops.fastdistill.clip_and_noise.default
-"""The op."""
+noisy_softmax_sum = torch.ops.fastdistill.noisy_softmax_sum.default
+noisy_gradient_sum = torch.ops.fastdistill.noisy_gradient_sum.default
+"""The ops."""

@@ -14,8 +14,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastdistill.privacy.mechanism import EPS, Mechanism
-from fastdistill.privacy.source import CHACHA20, NONE, Source, counter
+from fastdistill.privacy.mechanism import EPS, EXPONENTIALS, Mechanism
+from fastdistill.privacy.source import (
+    ANSWER_NOISE,
+    CHACHA20,
+    GRADIENT_NOISE,
+    NONE,
+    ROW_GRADIENT_NOISE,
+    Source,
+    counter,
+)
 
 _MASK = 0xFFFFFFFF
 
@@ -38,6 +46,19 @@ SIN = (
     3.133616225433416e-07, -1.7571500746983935e-09, 6.877360573166326e-12,
 )  # fmt: skip
 """sin(x pi / 4) / x in x^2 (error 3e-17)."""
+
+EXP = (
+    0.5000000000000001, 0.16666666666666669, 0.04166666666662413, 0.008333333333330062,
+    0.0013888888917213717, 0.00019841269863053618, 2.4801521295954376e-05,
+    2.7557268459997064e-06, 2.7620088445409746e-07, 2.510038549551032e-08,
+)  # fmt: skip
+"""(exp(r) - 1 - r) / r^2 in r, |r| <= log(2) / 2: exp(r) errs by 2e-17."""
+
+LN2_HIGH, LN2_LOW = 0.6931471805592082, 7.371002565167799e-13
+"""log(2): its first 40 bits, so that their product with a whole number is exact, and the rest."""
+
+_ROUND = 1.5 * 2.0**52
+"""Adding it rounds a float64 to a whole number, which is then in its low bits."""
 
 
 def philox(key: Sequence[int], words: Sequence[Tensor]) -> list[Tensor]:
@@ -106,12 +127,12 @@ def _horner(coefficients: Sequence[float], x: Tensor) -> Tensor:
     return y
 
 
-def normals(source: Source, parameter: int, n: int, device: torch.device) -> Tensor:
+def normals(source: Source, purpose: int, parameter: int, n: int, device: torch.device) -> Tensor:
     """The first n standard normals of a parameter, float64 [n]."""
     chacha = source.kind == CHACHA20
     rows = -(-n // 128) if chacha else -(-n // 32)
     block = torch.arange(rows * 16, device=device)
-    first, low, high = counter(source, parameter)
+    first, low, high = counter(source, purpose, parameter)
     words = [block & _MASK, first + (block >> 32)]
     words += [torch.full_like(block, w) for w in (low, high)]
     key = source.key.tolist()
@@ -123,7 +144,7 @@ def normals(source: Source, parameter: int, n: int, device: torch.device) -> Ten
 
 def on_grid(x: Tensor, grid: float) -> Tensor:
     """X rounded to the nearest multiple of a power of two, ties to even; as it is where 0."""
-    magic = 1.5 * 2.0**52 * grid
+    magic = _ROUND * grid
     return x + magic - magic if grid else x
 
 
@@ -148,11 +169,59 @@ def clip_and_noise(
         total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
         for some in kept.split(max(_SLAB // max(x.shape[1], 1), 1)):
             total += on_grid(x[some].double() * factor[some, None], m.fine).sum(0)
-        total = on_grid(total, m.grid)
-        if source.kind != NONE:
-            z = normals(source, parameter, total.numel(), x.device)
-            total += on_grid(z * m.scale, m.grid)
-        like = grad_samples[parameter]
-        dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
-        released.append((total * m.inverse).to(dtype).view(like.shape[1:]))
+        out = _release(total, m, source, GRADIENT_NOISE, parameter, x.dtype)
+        released.append(out.view(grad_samples[parameter].shape[1:]))
     return released
+
+
+def _release(
+    total: Tensor,
+    m: Mechanism,
+    source: Source,
+    purpose: int,
+    parameter: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The sum with its noise, divided: float32, or float64 for float64."""
+    total = on_grid(total, m.grid)
+    if source.kind != NONE:
+        z = normals(source, purpose, parameter, total.numel(), total.device)
+        total += on_grid(z * m.scale, m.grid).view(total.shape)
+    return (total * m.inverse).to(torch.float64 if dtype is torch.float64 else torch.float32)
+
+
+def exponential(x: Tensor) -> Tensor:
+    """e^x, float64, for -708 <= x <= 0: a fixed sequence of IEEE operations."""
+    shifted = x * (1 / math.log(2)) + _ROUND
+    k = shifted - _ROUND
+    r = (x - k * LN2_HIGH) - k * LN2_LOW
+    power = ((shifted.view(torch.int64) << 52) + 0x3FF0000000000000).view(torch.float64)
+    return (((r * r) * _horner(EXP, r) + r) + 1) * power
+
+
+def noisy_softmax_sum(
+    teachers: Sequence[Tensor], temperature: float, mechanism: Mechanism, source: Source
+) -> Tensor:
+    """The sum over teachers of softmax(z / T) of [n, C], with noise: float32 or float64."""
+    m, inverse = mechanism, 1 / temperature
+    total = torch.zeros(teachers[0].shape, dtype=torch.float64, device=teachers[0].device)
+    for logits in teachers:
+        z = logits.detach().double()
+        kept = z.isfinite().all(1, keepdim=True)
+        e = exponential(((z - z.amax(1, keepdim=True)) * inverse).clamp(min=-708))
+        e = on_grid(e, EXPONENTIALS if m.grid else 0.0)
+        s = e.sum(1, keepdim=True)
+        p = on_grid(e * (torch.full_like(s, m.clip) / s), m.fine)
+        total += torch.where(kept, p, 0.0)
+    return _release(total, m, source, ANSWER_NOISE, 0, teachers[0].dtype)
+
+
+def noisy_gradient_sum(teachers: Sequence[Tensor], m: Mechanism, source: Source) -> Tensor:
+    """The sum over teachers of their rows of [n, C], clipped one by one, with noise."""
+    total = torch.zeros(teachers[0].shape, dtype=torch.float64, device=teachers[0].device)
+    for gradients in teachers:
+        x = gradients.detach().double()
+        norm = (x * m.unit).square().sum(1, keepdim=True).sqrt() / m.unit
+        factor = (m.clip / (norm + EPS)).clamp(max=1)
+        total += torch.where(norm.isfinite(), on_grid(x * factor, m.fine), 0.0)
+    return _release(total, m, source, ROW_GRADIENT_NOISE, 0, teachers[0].dtype)

@@ -21,7 +21,10 @@ import torch
 from torch import Tensor
 
 NONE, PHILOX, CHACHA20 = 0, 1, 2
-GRADIENT_NOISE = 1  # a purpose
+
+GRADIENT_NOISE, ANSWER_NOISE, ROW_GRADIENT_NOISE = 1, 2, 3
+"""Purposes, one for each op: with equal keys and streams their counters still differ."""
+
 MOST_PARAMETERS = 1 << 16
 _STEP_BITS = 39
 _MASK = 0xFFFFFFFF
@@ -35,9 +38,9 @@ class Source(NamedTuple):
     stream: int  # 63 bits
 
 
-def counter(source: Source, parameter: int) -> tuple[int, int, int]:
+def counter(source: Source, purpose: int, parameter: int = 0) -> tuple[int, int, int]:
     """Words 1, 2 and 3 of the counters of a parameter's blocks below 2^32."""
-    first = GRADIENT_NOISE << 24 | parameter << 8
+    first = purpose << 24 | parameter << 8
     return first, source.stream & _MASK, source.stream >> 32
 
 
