@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from bench import bars, cases, instructions, plots, privacy, report, run
+from bench import bars, cases, compare, instructions, plots, privacy, report, run, schema
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -19,6 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _bars(options)
     if options.command == "clip_and_noise":
         return _clip_and_noise(options)
+    if options.command == "compare":
+        return _compare(options)
     if options.command == "instructions":
         return _instructions(options)
     ops = list(cases.OPS) if options.command == "all" else [options.command]
@@ -69,6 +71,20 @@ def _clip_and_noise(options: argparse.Namespace) -> int:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
         print(f"written: {options.json}")
     return int(privacy.wrong(results))
+
+
+def _compare(options: argparse.Namespace) -> int:
+    try:
+        before, after = schema.load(options.before), schema.load(options.after)
+    except (OSError, ValueError) as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(compare.lines(before, after, options.contenders)))
+    found = list(compare.changes(before, after))
+    if not found:
+        print("compare: the two files have no case in common", file=sys.stderr)
+        return 2
+    return int(bool(compare.regressions(found, options.contenders)))
 
 
 def _instructions(options: argparse.Namespace) -> int:
@@ -123,6 +139,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--threads", type=_numbers, help="such as 2,1; default: all and 1")
     command.add_argument("--dtypes", type=_dtypes, default=["fp32", "bf16"], help="fp32,bf16")
     command.add_argument("--quick", action="store_true", help="a glance: few repetitions")
+    text = "what became slower, larger or wrong between two results files, beyond noise; 1 if any"
+    command = commands.add_parser("compare", help=text, description=text)
+    command.add_argument("before", type=Path, metavar="A.json")
+    command.add_argument("after", type=Path, metavar="B.json")
+    command.add_argument(
+        "--contenders", type=_names, help="judge by these; default: the library's own"
+    )
     text = "instructions per element of the CPU kernels' inner loops, next to their budgets"
     command = commands.add_parser("instructions", help=text, description=text)
     command.add_argument("--record", action="store_true", help="make what is found the budgets")

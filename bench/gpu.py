@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from bench import cases, report, run
+from bench import cases, report, run, schema
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"make gpu: torch {torch.__version__} sees no CUDA device", file=sys.stderr)
         return 2
     device = torch.cuda.get_device_name()
-    results: dict = {"schema": run.SCHEMA, "gpu": device, "devices": torch.cuda.device_count()}
+    results: dict = {"schema": schema.VERSION, "gpu": device, "devices": torch.cuda.device_count()}
     path = RESULTS / f"gpu-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
     steps = {
         "tests": lambda: tests("-m", "gpu"),

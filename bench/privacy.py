@@ -9,12 +9,14 @@ known only when all of it has been read.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import fastdistill
+from bench import schema
 from bench.cases import DTYPES
 from bench.environment import describe, isa
 from bench.timing import QUIET, Step, cpu_call, in_turn, summary
@@ -26,6 +28,15 @@ MAX_NORM, NOISE_MULTIPLIER = 1.0, 1.0
 TIMES_NORMAL = {"philox": 4.0, "chacha20": 1.0}
 """How many times as fast as normal_ the noise is promised to be."""
 OF_LIMIT = 1.3
+
+ABOUT = {
+    "op": "clip_and_noise",
+    "suite": "main",
+    "device": "cpu",
+    "pass": "both",
+    "allocator": "default",
+    "environment": 0,
+}
 
 Run = Callable[[Tensor, float], Tensor]  # (samples [B, P], noise multiplier) -> [P]
 
@@ -111,20 +122,26 @@ def _times(steps: dict[str, Step], seconds: float) -> dict:
 
 
 def measure(threads: list[int], dtypes: list[str], quick: bool, say: Callable[[str], None]) -> dict:
-    """{"environment", "rows"}: every shape at every number of threads."""
+    """Every shape at every number of threads, as schema.py describes."""
     seconds = 1.0 if quick else 6.0
-    rows = []
+    begin = time.perf_counter()
+    rows: list[dict] = []
     for count in threads:
         torch.set_num_threads(count)
         for shape in NOISE_SHAPES:
-            rows.append({"shape": shape, **_noise_row(shape, seconds)})
+            rows.append({"shape": list(shape), **_noise_row(shape, seconds)})
         for shape in CLIP_SHAPES:
             for dtype in dtypes:
-                rows.append({"shape": shape, **_clip_row(shape, dtype, count, seconds)})
+                rows.append({"shape": list(shape), **_clip_row(shape, dtype, count, seconds)})
         for row in [r for r in rows if "threads" not in r]:
-            row.update(threads=count, isa=isa(), device="cpu")
+            row.update(ABOUT, threads=count, isa=isa())
             say("\n".join(_lines(row)))
-    return {"schema": 1, "op": "clip_and_noise", "environment": describe("cpu"), "rows": rows}
+    return {
+        "schema": schema.VERSION,
+        "seconds": round(time.perf_counter() - begin, 1),
+        "environments": [describe("cpu")],
+        "rows": rows,
+    }
 
 
 def wrong(results: dict) -> bool:

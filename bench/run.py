@@ -14,12 +14,11 @@ from typing import NamedTuple
 
 import torch
 
-from bench import report
+from bench import report, schema
 from bench.environment import Others
 from bench.timing import QUIET
 
 ROOT = Path(__file__).parent.parent
-SCHEMA = 1
 ALLOCATORS = ("default", "thp")
 ISA_SHAPES = [(512, 32000), (2048, 1024), (8192, 100)]
 ISA_TURNS = 3
@@ -42,7 +41,7 @@ class Settings(NamedTuple):
 def measure(settings: Settings, say: Callable[[str], None]) -> dict:
     """{"schema", "seconds", "environments", "rows"}; a row names its environment by index."""
     begin = time.perf_counter()
-    results: dict = {"schema": SCHEMA, "seconds": 0.0, "environments": [], "rows": []}
+    results: dict = {"schema": schema.VERSION, "seconds": 0.0, "environments": [], "rows": []}
     patience = 0.0 if settings.quick else settings.patience
     for spec, variables in _plan(settings):
         patience -= Others.wait(QUIET, patience)
