@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 _transform_active = getattr(torch._C, "_are_functorch_transforms_active", None)
 _level = getattr(torch._C._functorch, "maybe_current_level", None)  # torch.compile can trace it
 _keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", None)
+_fake: Any = getattr(torch._subclasses, "FakeTensor", None)
 
 
 def transforms_active() -> bool:
@@ -27,9 +30,30 @@ def transforms_active() -> bool:
     return getattr(forward_ad, "_current_level", -1) >= 0
 
 
-def graph_is_kept() -> bool:
-    """The backward pass that is running may run again: its saved tensors must stay as they are."""
-    return True if _keep_graph is None else bool(_keep_graph())
+def has_values(x: Tensor) -> bool:
+    """The values of this tensor may be looked at, and that costs no synchronisation.
+
+    Not on a GPU, not under torch.compile or a functorch transform, and there are none in the fake
+    tensors that shapes and memory are worked out with.
+    """
+    return (
+        x.device.type == "cpu"
+        and not (torch.compiler.is_compiling() or transforms_active())
+        and not (_fake is not None and isinstance(x, _fake))
+    )
+
+
+def may_overwrite(grad_output: Tensor) -> bool:
+    """The backward pass that is running may write into its saved tensors.
+
+    Not if it may run again, and not with a batch of `grad_output` at once (under vmap, or for
+    `is_grads_batched`, as in a vectorised jacobian): that is the same as again.
+    """
+    if torch.compiler.is_compiling() or transforms_active():
+        return False
+    if _batched is None or _batched(grad_output):
+        return False
+    return _keep_graph is not None and not _keep_graph()
 
 
 @cache

@@ -4,6 +4,7 @@ A torch release that moves one fails here by name, and not as a wrong gradient s
 """
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastdistill import _torch_private
 
@@ -12,6 +13,8 @@ def test_the_names_are_there():
     assert _torch_private._transform_active is not None
     assert _torch_private._level is not None
     assert _torch_private._keep_graph is not None
+    assert _torch_private._batched is not None
+    assert _torch_private._fake is not None
     assert hasattr(torch.autograd.forward_ad, "_current_level")
 
 
@@ -32,7 +35,7 @@ def test_transforms_are_seen():
     assert seen == [False, True, True, True, True, False]
 
 
-def test_a_kept_graph_is_seen():
+def test_a_graph_that_may_run_again_is_seen():
     seen = []
 
     class Look(torch.autograd.Function):
@@ -42,13 +45,26 @@ def test_a_kept_graph_is_seen():
 
         @staticmethod
         def backward(ctx, grad):
-            seen.append(_torch_private.graph_is_kept())
+            seen.append(_torch_private.may_overwrite(grad))
             return grad
 
     y = Look.apply(torch.ones(2, requires_grad=True)).sum()
     y.backward(retain_graph=True)
     y.backward()
-    assert seen == [True, False]
+    x = torch.ones(2, requires_grad=True)
+    y = Look.apply(x)
+    torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True)
+    assert seen == [False, True, False]
+
+
+def test_tensors_without_values_are_seen():
+    assert _torch_private.has_values(torch.ones(2))
+    with FakeTensorMode():
+        assert not _torch_private.has_values(torch.ones(2))
+    assert not _torch_private.has_values(torch.ones(2, device="meta"))
+    seen = []
+    torch.func.vmap(lambda x: (seen.append(_torch_private.has_values(x)), x)[1])(torch.ones(2))
+    assert seen == [False]
 
 
 def test_a_product_of_bfloat16_matrices_in_float32():

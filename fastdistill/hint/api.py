@@ -93,11 +93,10 @@ class _HintLoss(torch.autograd.Function):
 def _times(
     grad: Tensor, grad_scale: Tensor, grad_output: Tensor, dtype: torch.dtype, backend: str
 ) -> Tensor:
-    kept = torch.compiler.is_compiling() or _torch_private.graph_is_kept()
-    if kept or grad.dtype is not dtype:
-        return torch.ops.fastdistill.hint_bwd(grad, grad_scale, grad_output, dtype, backend)
-    torch.ops.fastdistill.hint_bwd_(grad, grad_scale, grad_output, backend)
-    return grad
+    if grad.dtype is dtype and _torch_private.may_overwrite(grad_output):
+        torch.ops.fastdistill.hint_bwd_(grad, grad_scale, grad_output, backend)
+        return grad
+    return torch.ops.fastdistill.hint_bwd(grad, grad_scale, grad_output, dtype, backend)
 
 
 def hint_loss(
@@ -180,7 +179,7 @@ def hint_loss(
         divisor, scalar = _validate.normalizer(normalizer, reduction)
         reduction = "sum"
 
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         if weight is not None:
             dtype = torch.get_autocast_dtype(device.type)
             student = _cast(student, dtype)

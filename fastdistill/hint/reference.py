@@ -34,9 +34,7 @@ def hint_loss(
     divisor: float,
 ) -> Tensor:
     """The loss of features [..., D_s] and [..., D_t]; the arguments of `fastdistill::hint_fwd`."""
-    if student.device.type == "cpu" and not (
-        torch.compiler.is_compiling() or _torch_private.transforms_active()
-    ):
+    if _torch_private.has_values(student):
         _rows.check_values(None, mask, row_weight, normalizer, 0, 0)
     double = torch.float64 in (student.dtype, teacher.dtype)
     dtype = torch.float64 if double else torch.float32

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdistill import _validate
+from fastdistill import _torch_private, _validate
 
 # How far the sum of a row of probabilities may be from 1. Rounding alone moves it by 1e-6 (float32)
 # and 4e-3 (bfloat16); dropout of p = 0.1 over n keys by about 0.33 / sqrt(n).
@@ -137,7 +137,7 @@ def _spoilt(name: str, probabilities: Tensor, kept: Tensor, band: float) -> Tens
     """Rows that are kept and do not sum to 1; refused where that costs no synchronisation."""
     off = (probabilities.detach().sum(-1) - 1).abs()
     spoilt = kept & (off > band)  # a NaN compares False: it stays the row's own NaN
-    if spoilt.device.type == "cpu" and bool(spoilt.any()):
+    if _torch_private.has_values(spoilt) and bool(spoilt.any()):
         worst = float(off[spoilt].max())
         raise ValueError(
             f"{name}: expected probabilities, which sum to 1 over the keys; {int(spoilt.sum())} of "

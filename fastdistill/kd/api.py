@@ -45,13 +45,12 @@ class _KDLoss(torch.autograd.Function):
         if grad_output is None:
             return (None,) * 18
         grad, grad_scale, anchor = ctx.saved_tensors
-        compiling = torch.compiler.is_compiling()
         with torch.no_grad():
             args = (grad, grad_scale, grad_output, ctx.backend)
-            if compiling or _torch_private.graph_is_kept():
-                grad = torch.ops.fastdistill.kd_bwd(*args)
-            else:
+            if _torch_private.may_overwrite(grad_output):
                 torch.ops.fastdistill.kd_bwd_(*args)
+            else:
+                grad = torch.ops.fastdistill.kd_bwd(*args)
         if anchor is not None and torch.is_grad_enabled():  # create_graph=True
             grad = _second_order.refusing(OP, grad, anchor, grad_output)
         return grad, *(None,) * 17

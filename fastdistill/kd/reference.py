@@ -43,9 +43,7 @@ def kd_loss(
     """(loss, hard, soft) of logits [..., V]; the arguments of the op `fastdistill::kd_fwd`, and
     `row_temperature` [...], which takes the place of the number.
     """
-    readable = student.device.type == "cpu" and not (
-        torch.compiler.is_compiling() or _torch_private.transforms_active()
-    )
+    readable = _torch_private.has_values(student)
     if readable:
         _rows.check_values(labels, mask, row_weight, normalizer, student.shape[-1], ignore_index)
     double = torch.float64 in (student.dtype, teacher.dtype)
@@ -144,7 +142,7 @@ def _reverse_kl(s: Tensor, t: Tensor, temperature: float | Tensor) -> Tensor:
     row = _bregman(q, p, -u).sum(-1)
     infinite = row.isinf()
     zero = (torch.where(s.isfinite(), s, 0.0) * 0).sum(-1)
-    nan_gradient = (torch.where(infinite, 0.0, 1.0) + zero).sqrt()  # sqrt'(0) 0 is NaN
+    nan_gradient = (zero + ~infinite).sqrt()  # sqrt'(0) 0 is NaN
     return torch.where(infinite, row + nan_gradient, row)
 
 

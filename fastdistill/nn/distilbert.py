@@ -108,7 +108,7 @@ class DistilBertLoss(nn.Module):
                 f"restrict_to_labels={self.restrict_to_labels}, got None"
             )
 
-        soft = task = cosine = torch.zeros((), device=student_logits.device)
+        soft = task = cosine = torch.zeros((), dtype=torch.float32, device=student_logits.device)
         if self.soft_weight != 0:
             mask = kept
             if labels is not None and self.restrict_to_labels:

@@ -21,9 +21,7 @@ def softmax(x: Tensor, temperature: Tensor | None, scalar: float, log: bool) -> 
     if temperature is None:
         z = z / scalar
     else:
-        if x.device.type == "cpu" and not (
-            torch.compiler.is_compiling() or _torch_private.transforms_active()
-        ):
+        if _torch_private.has_values(x):
             _rows.check_temperature(temperature)
         t = _rows.valid_temperature(temperature).to(z.dtype).unsqueeze(-1)
         # A class that -inf masks is masked at every T: it has no part in the gradient of T.
