@@ -33,7 +33,8 @@ MUTATIONS = {
         "mechanism", "lost = 2.0**-24 if single else 2.0**-53", "lost = 0.0", "sensitivity",
     ),
     "grid not paid for": (
-        "mechanism", "lost = (grid + fine / 2) * root / max_norm", "lost = 0.0", "sensitivity",
+        "mechanism", "lost = (grid + fine / 2) * root / max_norm + rounding", "lost = 0.0",
+        "sensitivity",
     ),
     "the sum is not exact": (
         "reference", "factor[some, None], m.fine)", "factor[some, None], 0.0)", "order",

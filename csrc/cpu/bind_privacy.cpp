@@ -67,6 +67,19 @@ void noisy_row_sum_(const std::vector<uintptr_t>& teachers, int type, int64_t ro
   noisy_row_sum(kernels, call);
 }
 
+void add_noise_(const std::vector<Parameter>& parameters, double grid, double scale, double inverse,
+                int generator, uintptr_t key, const std::array<uint32_t, 3>& counter, int threads) {
+  PrivacyCall call{};
+  for (const auto& [data, type, size, out, out_double] : parameters)
+    call.parameters.push_back(
+        {pointer<void>(data), static_cast<Type>(type), size, pointer<void>(out), out_double});
+  call.noise = {draws_of(generator, key, counter), scale, kMagic * grid, inverse};
+  call.threads = threads;
+  const PrivacyKernels& kernels = *active_kernels().privacy;
+  py::gil_scoped_release released;
+  add_noise(kernels, call);
+}
+
 // For the tests: the generators on the vectors of their authors.
 py::list random_words(int generator, uintptr_t key, int64_t block,
                       const std::array<uint32_t, 3>& counter) {
@@ -83,6 +96,7 @@ py::list random_words(int generator, uintptr_t key, int64_t block,
 void bind_privacy(py::module_& m) {
   m.def("clip_and_noise", &clip_and_noise_);
   m.def("noisy_row_sum", &noisy_row_sum_);
+  m.def("add_noise", &add_noise_);
   m.def("random_words", &random_words);
 }
 

@@ -27,6 +27,8 @@ struct PrivacyCall {
 constexpr double kEps = 1e-6;  // Opacus's, in C / (n + 1e-6)
 
 void noisy_row_sum(const PrivacyKernels& kernels, const RowSumCall& call);
+// The noise alone: `data` is [size], float32 or float64, and may be `out`.
+void add_noise(const PrivacyKernels& kernels, const PrivacyCall& call);
 void clip_and_noise(const PrivacyKernels& kernels, const PrivacyCall& call);
 
 }  // namespace fd

@@ -88,8 +88,12 @@ def plan(
     expected_batch_size: float,
     coordinates: int,
     single: bool,
+    rounding: float = 0.0,
 ) -> Mechanism:
     """The numbers of a release of `coordinates` values, some of them float32 where `single`.
+
+    `rounding`: by how much, in clip norms, the rounding of a sum that is not exact (4) changes with
+    one sample; it is paid for as the grid is.
 
     Raises:
         ValueError: the release is too large, or the noise too wide, for the exact arithmetic.
@@ -109,7 +113,7 @@ def plan(
     if noise_multiplier > 0:
         fine = 2.0 ** (log2 - 31)
         grid = 2.0 ** (math.frexp(_GRID_SHARE * max_norm / root)[1] - 1)
-        lost = (grid + fine / 2) * root / max_norm
+        lost = (grid + fine / 2) * root / max_norm + rounding
     else:
         lost = 2.0**-24 if single else 2.0**-53
     # Room for the products of these small terms, and for the rounding of this very line.

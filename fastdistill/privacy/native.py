@@ -57,6 +57,35 @@ def clip_and_noise(
     return released
 
 
+def add_noise_(
+    sums: Sequence[Tensor],
+    grid: float,
+    scale: float,
+    inverse: float,
+    kind: int,
+    key: Tensor,
+    stream: int,
+) -> None:
+    """The op `fastdistill::add_noise_` on the CPU."""
+    dense = [x.contiguous() for x in sums]  # held until the call is over
+    _module().add_noise(
+        [
+            (x.data_ptr(), _TYPES[x.dtype], x.numel(), x.data_ptr(), x.dtype is torch.float64)
+            for x in dense
+        ],
+        grid,
+        scale,
+        inverse,
+        kind,
+        key.data_ptr(),
+        counter(Source(kind, key, stream), GRADIENT_NOISE),
+        torch.get_num_threads(),
+    )
+    for x, y in zip(sums, dense, strict=True):
+        if x is not y:
+            x.copy_(y)
+
+
 def noisy_softmax_sum(teachers: Sequence[Tensor], temperature: float, *release: Any) -> Tensor:
     """The op `fastdistill::noisy_softmax_sum` on the CPU."""
     return _sum_rows(teachers, 1 / temperature, ANSWER_NOISE, *release)

@@ -21,6 +21,10 @@ _RELEASE = (  # a Mechanism, a Source
     " Tensor key, int stream, str backend"
 )
 _library.define(f"clip_and_noise(Tensor[] grad_samples, {_RELEASE}) -> Tensor[]")
+_library.define(
+    "add_noise_(Tensor(a!)[] sums, float grid, float scale, float inverse, int kind, Tensor key,"
+    " int stream, str backend) -> ()"
+)
 _library.define(f"noisy_softmax_sum(Tensor[] teachers, float temperature, {_RELEASE}) -> Tensor")
 _library.define(f"noisy_gradient_sum(Tensor[] teachers, {_RELEASE}) -> Tensor")
 
@@ -46,6 +50,10 @@ def _clip_and_noise(grad_samples: Sequence[Tensor], *args: Any) -> list[Tensor]:
     return launcher(args[-1]).clip_and_noise(grad_samples, *args[:-1])
 
 
+def _add_noise_(sums: Sequence[Tensor], *args: Any) -> None:
+    launcher(args[-1]).add_noise_(sums, *args[:-1])
+
+
 def _noisy_softmax_sum(teachers: Sequence[Tensor], *args: Any) -> Tensor:
     return launcher(args[-1]).noisy_softmax_sum(teachers, *args[:-1])
 
@@ -56,6 +64,7 @@ def _noisy_gradient_sum(teachers: Sequence[Tensor], *args: Any) -> Tensor:
 
 for _key in ("CPU", "CUDA"):
     _library.impl("clip_and_noise", _clip_and_noise, _key)
+    _library.impl("add_noise_", _add_noise_, _key)
     _library.impl("noisy_softmax_sum", _noisy_softmax_sum, _key)
     _library.impl("noisy_gradient_sum", _noisy_gradient_sum, _key)
 
@@ -65,6 +74,11 @@ def _fake(grad_samples: Sequence[Tensor], *args: object) -> list[Tensor]:
     return allocate(grad_samples)
 
 
+@torch.library.register_fake("fastdistill::add_noise_", lib=_library)
+def _fake_add_noise(sums: Sequence[Tensor], *args: object) -> None:
+    return None
+
+
 @torch.library.register_fake("fastdistill::noisy_softmax_sum", lib=_library)
 @torch.library.register_fake("fastdistill::noisy_gradient_sum", lib=_library)
 def _fake_rows(teachers: Sequence[Tensor], *args: object) -> Tensor:
@@ -72,6 +86,7 @@ def _fake_rows(teachers: Sequence[Tensor], *args: object) -> Tensor:
 
 
 clip_and_noise = torch.ops.fastdistill.clip_and_noise.default
+add_noise_ = torch.ops.fastdistill.add_noise_.default
 noisy_softmax_sum = torch.ops.fastdistill.noisy_softmax_sum.default
 noisy_gradient_sum = torch.ops.fastdistill.noisy_gradient_sum.default
 """The ops."""

@@ -190,6 +190,12 @@ def _release(
     return (total * m.inverse).to(torch.float64 if dtype is torch.float64 else torch.float32)
 
 
+def add_noise_(sums: Sequence[Tensor], mechanism: Mechanism, source: Source) -> None:
+    """Each sum, float32 or float64, becomes its release."""
+    for parameter, x in enumerate(sums):
+        x.copy_(_release(x.double(), mechanism, source, GRADIENT_NOISE, parameter, x.dtype))
+
+
 def exponential(x: Tensor) -> Tensor:
     """e^x, float64, for -708 <= x <= 0: a fixed sequence of IEEE operations."""
     shifted = x * (1 / math.log(2)) + _ROUND

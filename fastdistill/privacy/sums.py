@@ -1,0 +1,39 @@
+"""Noise on sums that are already clipped: the last step of a private gradient.
+
+`clip_and_noise` does all of it at once for those who have per-sample gradients; the engine has the
+weighted sums without ever having had those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastdistill.privacy import ops, reference, release
+from fastdistill.privacy.mechanism import Mechanism
+from fastdistill.privacy.source import Source
+
+OP = "add_noise"
+
+
+def add_noise_(sums: Sequence[Tensor], mechanism: Mechanism, bits: Source) -> None:
+    """Round each sum to the grid, add its noise, divide: in place.
+
+    Args:
+        sums: tensors of one device, float32 or float64: sums of clipped gradients, finite, of at
+            most 2^20 samples. The tensor's index is in the counter of its noise.
+        mechanism: what `mechanism.plan` made for all of them.
+        bits: a stream that nothing else has used.
+    """
+    backend = release.choose(OP, sums)
+    with torch.no_grad():
+        if backend == "reference":
+            reference.add_noise_(sums, mechanism, bits)
+        else:
+            m = mechanism
+            ops.add_noise_(list(sums), m.grid, m.scale, m.inverse, *bits, backend)
+
+
+release.register(OP)
