@@ -2,13 +2,25 @@
 
 import argparse
 import functools
+import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import torch
 
-from bench import bars, cases, compare, instructions, plots, privacy, report, run, schema
+from bench import (
+    bars,
+    cases,
+    compare,
+    instructions,
+    page,
+    plots,
+    privacy,
+    report,
+    run,
+    schema,
+)
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -19,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _bars(options)
     if options.command == "clip_and_noise":
         return _clip_and_noise(options)
+    if options.command == "page":
+        return _page(options)
     if options.command == "compare":
         return _compare(options)
     if options.command == "instructions":
@@ -71,6 +85,15 @@ def _clip_and_noise(options: argparse.Namespace) -> int:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
         print(f"written: {options.json}")
     return int(privacy.wrong(results))
+
+
+def _page(options: argparse.Namespace) -> int:
+    draw = importlib.util.find_spec("matplotlib") is not None
+    if not draw:
+        print("page: no matplotlib: the pictures stay as they are", file=sys.stderr)
+    for line in page.write(draw and not options.no_pictures):
+        print(line)
+    return 0
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -139,6 +162,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--threads", type=_numbers, help="such as 2,1; default: all and 1")
     command.add_argument("--dtypes", type=_dtypes, default=["fp32", "bf16"], help="fp32,bf16")
     command.add_argument("--quick", action="store_true", help="a glance: few repetitions")
+    text = "docs/benchmarks.md with its pictures, and README's figures, from bench/results/*.json"
+    command = commands.add_parser("page", help=text, description=text)
+    command.add_argument("--no-pictures", action="store_true", help="leave the PNGs as they are")
     text = "what became slower, larger or wrong between two results files, beyond noise; 1 if any"
     command = commands.add_parser("compare", help=text, description=text)
     command.add_argument("before", type=Path, metavar="A.json")

@@ -181,30 +181,40 @@ def _objdump(*arguments: str, path: str | Path | None) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def known() -> dict[str, Counts]:
+    """What was recorded, by compiler."""
+    return {
+        built_by: {
+            level: {
+                kernel: [Loop(*map(int, loop.split("/"))) for loop in loops]
+                for kernel, loops in kernels.items()
+            }
+            for level, kernels in levels.items()
+        }
+        for built_by, levels in _recorded().items()
+    }
+
+
 def budgets(built_by: str) -> Counts | None:
     """What was recorded for this compiler; None if nothing was."""
-    known = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
-    levels = known.get(built_by)
-    if levels is None:
-        return None
-    return {
-        level: {kernel: [Loop(*map(int, x.split("/"))) for x in loops]
-                for kernel, loops in kernels.items()}
-        for level, kernels in levels.items()
-    }  # fmt: skip
+    return known().get(built_by)
+
+
+def _recorded() -> dict[str, dict]:
+    return json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
 
 
 def record(built_by: str, counts: Counts) -> None:
     """Make `counts` the budgets of this compiler."""
-    known = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
-    known[built_by] = {
+    everything = _recorded()
+    everything[built_by] = {
         level: {
             kernel: [f"{x.instructions}/{x.elements}" for x in loops]
             for kernel, loops in kernels.items()
         }
         for level, kernels in counts.items()
     }
-    BUDGETS.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+    BUDGETS.write_text(json.dumps(dict(sorted(everything.items())), indent=1) + "\n")
 
 
 def over(counts: Counts, allowed: Counts) -> list[str]:
