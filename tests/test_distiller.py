@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fastdistill.distill import Distiller, Hint
 from fastdistill.nn import KDLoss
@@ -358,6 +359,18 @@ def test_wrong_names_are_answered_with_the_near_ones(hint, words):
         ({"hints": [Hint("norm", "norm")] * 2}, ValueError, "'norm -> norm', which is taken"),
         ({"hints": [Hint("norm", "norm", name="task")]}, ValueError, "'task', which is taken"),
         ({"logits": KDLoss(), "logits_weight": "1"}, TypeError, "logits_weight: expected a number"),
+        (
+            {"hints": Hint("norm", "norm")},
+            TypeError,
+            "expected a list of Hint objects, got a single",
+        ),
+        (
+            {"logits": KDLoss},
+            TypeError,
+            "logits: expected a function or a module, got the class KD",
+        ),
+        ({"task": "mse"}, TypeError, "task: expected a function or a module, got str"),
+        ({"logits": KDLoss(), "logits_of": "logits"}, TypeError, "logits_of: expected a function"),
     ],
 )
 def test_settings_are_checked(settings, error, words):
@@ -376,6 +389,13 @@ def test_settings_are_checked(settings, error, words):
         ({"distance": 3}, TypeError, "distance: expected a str or a function"),
         ({"distance": F.mse_loss, "widths": (3, 4)}, ValueError, "expected a word with widths"),
         ({"teacher": 1}, TypeError, "teacher: expected a layer's name, got 1"),
+        ({"distance": "msee"}, ValueError, "distance: expected one of mse, l1, smooth_l1, cosine"),
+        ({"distance": nn.MSELoss}, TypeError, "distance: expected a function .* the class MSELoss"),
+        ({"feature_norm": "l3"}, ValueError, "feature_norm: expected one of layer_norm, l2"),
+        ({"channel_dim": "1"}, TypeError, "channel_dim: expected an int"),
+        ({"select": 0}, TypeError, "select: expected a function"),
+        ({"name": 3}, TypeError, "name: expected a text or None, got 3"),
+        ({"name": ""}, TypeError, "name: expected a text or None, got ''"),
     ],
 )
 def test_hints_are_checked(settings, error, words):
@@ -410,3 +430,116 @@ def test_what_can_only_be_seen_in_a_forward_pass():
 
     with pytest.raises(ValueError, match="an output with logits, got str; say with logits_of"):
         run(model=Odd(), logits=KDLoss())
+
+
+def test_a_student_is_not_frozen_with_its_teacher():
+    """Sharing what is to be trained would end training in silence; what is frozen may be shared."""
+    student, teacher = pair()
+    with pytest.raises(ValueError, match="its 'embed.weight' is the student's 'embed.weight' too"):
+        Distiller(teacher, teacher, logits=KDLoss())
+    student.head = teacher.head
+    with pytest.raises(ValueError, match="'head.weight' is the student's 'head.weight' too"):
+        Distiller(student, teacher, logits=KDLoss())
+    assert all(x.requires_grad for x in student.parameters())
+    teacher.head.requires_grad_(False)
+    distiller = Distiller(student, teacher, logits=KDLoss())
+    distiller(X).losses.total.backward()
+    assert student.embed.weight.grad is not None
+
+
+def test_another_teacher_is_no_submodule_either():
+    distiller = Distiller(*pair(), logits=KDLoss())
+    before = list(distiller.state_dict())
+    other = Net(8, 4)
+    distiller.teacher = other
+    assert list(distiller.state_dict()) == before and distiller.teacher is other
+    assert not other.training and not any(x.requires_grad for x in other.parameters())
+
+
+class InPlace(nn.Sequential):
+    def __init__(self, inplace):
+        super().__init__(nn.Linear(6, 8), nn.ReLU(inplace), nn.Linear(8, 5))
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_an_output_that_was_overwritten_is_refused(whose):
+    """Compared would be what a later layer made of it, under the name of the one before."""
+    student, teacher = (InPlace(inplace=who == whose) for who in ("student", "teacher"))
+    wrong = Distiller(student, teacher, hints=[Hint("0", "0")])
+    with pytest.raises(RuntimeError, match=f"the {whose}'s layer '0' .* changed in place"):
+        wrong(X)
+    after = Distiller(student, teacher, hints=[Hint("1", "1")])(X).losses.total
+    want = F.mse_loss(*(torch.relu(m[0](X)) for m in (student, teacher)))
+    torch.testing.assert_close(after, want)
+
+
+def test_a_module_goes_by_all_its_names():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(6, 6)
+            self.second = self.first
+            self.head = nn.Linear(6, 5)
+            self.times = 1
+
+        def forward(self, x):
+            for _ in range(self.times):
+                x = self.second(x)
+            return self.head(x)
+
+    student, teacher = Shared(), Shared()
+    hints = [Hint(name, name) for name in ("first", "second")]
+    distiller = Distiller(student, teacher, hints=hints)
+    _, losses = distiller(X)
+    want = F.mse_loss(student.first(X), teacher.first(X))
+    for value in losses.values():
+        torch.testing.assert_close(value, want)
+    student.times = 2
+    with pytest.raises(RuntimeError, match="the student's layer '(first|second)' ran twice"):
+        distiller(X)
+
+
+def test_a_hint_without_gradient_is_refused():
+    """What reentrant checkpointing captures has none: the hint would train nothing."""
+
+    class Checkpointed(InPlace):
+        def __init__(self, reentrant):
+            super().__init__(inplace=False)
+            self.reentrant = reentrant
+
+        def forward(self, x):
+            x = x.clone().requires_grad_()
+            return checkpoint(super().forward, x, use_reentrant=self.reentrant)
+
+    teacher = InPlace(inplace=False)
+    hints = [Hint("0", "0")]
+    student = Checkpointed(reentrant=True)
+    distiller = Distiller(student, teacher, hints=hints)
+    with pytest.raises(RuntimeError, match="layer '0' returned a tensor without gradient"):
+        distiller(X)
+    with torch.no_grad():
+        distiller(X)
+    distiller.eval()(X)
+    student = Checkpointed(reentrant=False)
+    Distiller(student, teacher, hints=hints)(X).losses.total.backward()
+    assert student[0].weight.grad is not None
+    frozen = Checkpointed(reentrant=False).requires_grad_(False)
+    Distiller(frozen, teacher, hints=[Hint("0", "0")])(X)
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "error", "words"),
+    [
+        ({"labels": Y}, {"hints": [Hint("norm", "norm")]}, ValueError, "labels: expected None"),
+        ({"mask": Y > 0}, {"hints": [Hint("norm", "norm")]}, ValueError, "mask: expected None"),
+        ({"hint_mask": Y > 0}, {"logits": KDLoss()}, ValueError, "hint_mask: expected None in a"),
+        ({"mask": Y}, {"logits": KDLoss()}, TypeError, "mask: expected dtype torch.bool"),
+        ({"hint_mask": Y}, {"hints": [Hint("norm", "norm", distance=lambda s, t, mask: 1)]},
+         TypeError, "hint_mask: expected dtype torch.bool"),
+        ({"hint_mask": [True] * 16}, {"hints": [Hint("norm", "norm")]}, TypeError, "got list"),
+        ({"teacher_inputs": [1]}, {"logits": KDLoss()}, TypeError, "teacher_inputs: expected a m"),
+    ],
+)  # fmt: skip
+def test_nothing_given_is_passed_over(given, settings, error, words):
+    with pytest.raises(error, match=words):
+        Distiller(*pair(), **settings)(X, **given)

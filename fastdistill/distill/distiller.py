@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastdistill import _validate
 from fastdistill.hint import hint_loss
+from fastdistill.hint.api import check_settings
 
 Distance = Callable[..., Tensor]
 
@@ -36,6 +37,9 @@ class Hint:
         select: picks the tensor out of a layer's output. None: the output itself, or the first
             tensor of a tuple, list or mapping.
         name: of this loss in the result. None: "student -> teacher".
+
+    Raises:
+        TypeError, ValueError: a value of another type, or one that `hint_loss` would refuse.
     """
 
     student: str
@@ -53,14 +57,21 @@ class Hint:
             if not isinstance(getattr(self, key), str):
                 raise TypeError(f"{key}: expected a layer's name, got {getattr(self, key)!r}")
         _validate.number("weight", self.weight)
+        _validate.integer("channel_dim", self.channel_dim)
+        if self.name is not None and not (isinstance(self.name, str) and self.name):
+            raise TypeError(f"name: expected a text or None, got {self.name!r}")
+        _check_function("select", self.select)
         if callable(self.distance):
             if self.widths is not None or self.feature_norm is not None or self.channel_dim != -1:
                 raise ValueError(
                     "distance: expected a word with widths, feature_norm or channel_dim, "
                     "got a function"
                 )
+            _check_function("distance", self.distance)
         elif not isinstance(self.distance, str):
             raise TypeError(f"distance: expected a str or a function, got {self.distance!r}")
+        else:
+            check_settings(self.distance, self.feature_norm)
         if self.widths is not None:
             widths = self.widths
             good = isinstance(widths, Sequence) and len(widths) == 2
@@ -108,7 +119,8 @@ class Distiller(nn.Module):
 
     Args:
         student: any module.
-        teacher: any module; its parameters' `requires_grad` is cleared.
+        teacher: any module; its parameters' `requires_grad` is cleared. The student may share
+            those that are frozen already, and no others.
         logits: called as logits(student_logits, teacher_logits, ...), such as a
             `fastdistill.nn.KDLoss`; with labels if there is no `task`, with `mask` where given.
         hints: pairs of layers; see `Hint`.
@@ -120,7 +132,8 @@ class Distiller(nn.Module):
 
     Raises:
         TypeError, ValueError: a layer that a model does not have (the near ones are named), two
-            losses of one name, nothing to compute.
+            losses of one name, nothing to compute, an argument of another type, a student that
+            would be frozen with its teacher.
     """
 
     student: nn.Module
@@ -142,6 +155,10 @@ class Distiller(nn.Module):
         for name, model in (("student", student), ("teacher", teacher)):
             if not isinstance(model, nn.Module):
                 raise TypeError(f"{name}: expected a torch.nn.Module, got {type(model).__name__}")
+        for name, function in (("logits", logits), ("task", task), ("logits_of", logits_of)):
+            _check_function(name, function)
+        if isinstance(hints, Hint):
+            raise TypeError("hints: expected a list of Hint objects, got a single Hint")
         self.hints = tuple(hints)
         for hint in self.hints:
             if not isinstance(hint, Hint):
@@ -156,13 +173,12 @@ class Distiller(nn.Module):
             if name in ("logits", "task") or names.count(name) > 1:
                 raise ValueError(f"hints: expected another name than {name!r}, which is taken")
         self.student = student
-        # Not as a submodule: see above.
-        self.__dict__["teacher"] = teacher.requires_grad_(False).eval()
+        self.teacher = teacher
         self.logits, self.task = logits, task
         self.logits_weight = _validate.number("logits_weight", logits_weight)
         self.task_weight = _validate.number("task_weight", task_weight)
         self.logits_of = logits_of
-        start = next(student.parameters(), torch.empty(0))
+        start = next((x for x in student.parameters() if x.is_floating_point()), torch.empty(0))
         self.regressors = nn.ModuleDict(
             {
                 str(i): nn.Linear(*hint.widths, device=start.device, dtype=start.dtype)
@@ -187,6 +203,7 @@ class Distiller(nn.Module):
             labels: for `task`, or without one for `logits`; the models do not get them.
             mask: bool, for `logits`: the rows of the logits that count.
             hint_mask: bool, for all hints: the rows (tokens, positions) that count.
+                None of the three is taken by a distiller without a loss that it is for.
             teacher_inputs: further keywords for the teacher, or other values for it.
             keywords: of both models.
 
@@ -195,11 +212,12 @@ class Distiller(nn.Module):
             those of the hints by their names.
 
         Raises:
-            ValueError: `task` without labels; a layer's output without tensor; shapes that differ.
-            RuntimeError: a named layer did not run, or more than once.
+            TypeError, ValueError: `task` without labels; labels or a mask that nothing would read;
+                a layer's output without tensor; shapes that differ.
+            RuntimeError: a named layer did not run, or more than once; what it returned was changed
+                in place since, or is cut off from the layer's own parameters.
         """
-        if self.task is not None and labels is None:
-            raise ValueError("labels: expected a tensor for the task's loss, got None")
+        self._check_inputs(labels, mask, hint_mask, teacher_inputs)
         theirs = keywords if teacher_inputs is None else {**keywords, **teacher_inputs}
         self.teacher.eval()  # whatever anyone did to it since
         with (
@@ -224,12 +242,57 @@ class Distiller(nn.Module):
             losses["task"] = self.task_weight * _scalar("task", value)
         for i, hint in enumerate(self.hints):
             ours, teachers = (
-                _tensor(outputs[layer], hint, layer)
+                outputs[layer].tensor(hint)
                 for outputs, layer in ((found, hint.student), (wanted, hint.teacher))
             )
+            self._check_trains(hint, ours)
             value = self._compare(i, hint, ours, teachers, hint_mask)
             losses[hint.label] = hint.weight * _scalar(hint.label, value)
         return Distilled(output, losses)
+
+    def _check_inputs(
+        self,
+        labels: object,
+        mask: object,
+        hint_mask: object,
+        teacher_inputs: object,
+    ) -> None:
+        """Refuse what is missing, and what would be passed over in silence."""
+        if self.task is not None and labels is None:
+            raise ValueError("labels: expected a tensor for the task's loss, got None")
+        reads = {
+            "labels": (labels, self.task is not None or self.logits is not None),
+            "mask": (mask, self.logits is not None),
+            "hint_mask": (hint_mask, bool(self.hints)),
+        }
+        for name, (value, read) in reads.items():
+            if value is not None and not read:
+                losses = {"labels": "logits or task", "mask": "logits", "hint_mask": "hints"}[name]
+                raise ValueError(
+                    f"{name}: expected None in a Distiller without {losses}, where nothing reads "
+                    f"it, got {type(value).__name__}"
+                )
+        for name, value in (("mask", mask), ("hint_mask", hint_mask)):
+            if value is not None and _validate.tensor(name, value).dtype is not torch.bool:
+                got = _validate.tensor(name, value).dtype
+                raise TypeError(f"{name}: expected dtype torch.bool (True keeps), got {got}")
+        if teacher_inputs is not None and not isinstance(teacher_inputs, Mapping):
+            raise TypeError(
+                "teacher_inputs: expected a mapping of keywords, got "
+                f"{type(teacher_inputs).__name__}"
+            )
+
+    def _check_trains(self, hint: Hint, ours: Tensor) -> None:
+        """Refuse a hint whose gradient ends before it reaches the layer's own parameters."""
+        if ours.requires_grad or not (torch.is_grad_enabled() and self.training):
+            return
+        layer = self.student.get_submodule(hint.student)
+        if any(x.requires_grad for x in layer.parameters()):
+            raise RuntimeError(
+                f"the student's layer {hint.student!r} returned a tensor without gradient, though "
+                f"its parameters require one: the hint {hint.label!r} would train nothing. Is it "
+                "detached, or inside torch.utils.checkpoint with use_reentrant=True?"
+            )
 
     def _compare(
         self, i: int, hint: Hint, student: Tensor, teacher: Tensor, mask: Tensor | None
@@ -280,6 +343,14 @@ class Distiller(nn.Module):
             )
         return logits
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A teacher is frozen, and no submodule: see above."""
+        if name != "teacher":
+            super().__setattr__(name, value)
+            return
+        _check_shared(self.student, value)
+        self.__dict__["teacher"] = value.requires_grad_(False).eval()
+
     def _apply(self, fn: Any, recurse: bool = True) -> Distiller:
         """`.to()`, `.cuda()`, `.half()` and the like reach the teacher too."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -295,13 +366,47 @@ def feature_shapes(whose: str, model: nn.Module, layer: str, *inputs: Any) -> to
             model(*inputs)
     finally:
         model.train(was)
-    return _tensor(found[layer], Hint(layer, layer), layer).shape
+    return found[layer].tensor(Hint(layer, layer)).shape
+
+
+class _Captured(NamedTuple):
+    """What a layer returned, and how often its tensors had been written to by then."""
+
+    whose: str
+    layer: str
+    output: Any
+    versions: dict[int, int]  # by id: all of them live as long as `output`
+
+    def tensor(self, hint: Hint) -> Tensor:
+        """The tensor that a hint compares."""
+        value = _tensor(self.output, hint, self.layer)
+        if self.versions.get(id(value), _version(value)) != _version(value):
+            raise RuntimeError(
+                f"what the {self.whose}'s layer {self.layer!r} returned was changed in place "
+                "afterwards, so that its own output is lost; make the next layer work out of place "
+                "(nn.ReLU(inplace=False)), or name that one"
+            )
+        return value
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (tuple, list, Mapping)):
+        for x in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(x)
 
 
 @contextmanager
-def _captured(whose: str, model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _captured(
+    whose: str, model: nn.Module, layers: Sequence[str]
+) -> Iterator[dict[str, _Captured]]:
     """Name of each layer -> its output, of the forward pass that runs inside."""
-    outputs: dict[str, Any] = {}
+    outputs: dict[str, _Captured] = {}
 
     def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -310,7 +415,8 @@ def _captured(whose: str, model: nn.Module, layers: Sequence[str]) -> Iterator[d
                     f"the {whose}'s layer {name!r} ran twice in one forward pass; name one that "
                     "runs once"
                 )
-            outputs[name] = output
+            versions = {id(x): _version(x) for x in _tensors(output)}
+            outputs[name] = _Captured(whose, name, output, versions)
 
         return hook
 
@@ -328,9 +434,26 @@ def _captured(whose: str, model: nn.Module, layers: Sequence[str]) -> Iterator[d
             handle.remove()
 
 
+def _check_function(name: str, value: object) -> None:
+    if value is not None and (isinstance(value, type) or not callable(value)):
+        got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        raise TypeError(f"{name}: expected a function or a module, got {got}")
+
+
+def _check_shared(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse parameters that training needs and freezing the teacher would take out of it."""
+    theirs = {id(x): name for name, x in teacher.named_parameters() if x.requires_grad}
+    for name, x in student.named_parameters():
+        if id(x) in theirs:
+            raise ValueError(
+                f"teacher: expected parameters of its own; its {theirs[id(x)]!r} is the student's "
+                f"{name!r} too, which would be frozen (copy it, or freeze it yourself)"
+            )
+
+
 def _check_layer(whose: str, model: nn.Module, name: str) -> None:
     """Refuse the name of a layer that is not there, with the near ones."""
-    known = [known for known, _ in model.named_modules() if known]
+    known = [known for known, _ in model.named_modules(remove_duplicate=False) if known]
     if name in known:
         return
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
