@@ -213,6 +213,7 @@ def test_distilbert_refusals(make, words):
         ([True], TypeError, "a list of layer numbers"),
         ([0.0], TypeError, "a list of layer numbers"),
         (3, TypeError, "a list of layer numbers, got 3"),
+        (b"\0\1", TypeError, "a list of layer numbers, got b"),
         ("tinybert", ValueError, "'distilbert', got 'tinybert'"),
     ],
 )
@@ -234,6 +235,73 @@ def test_teachers_are_checked():
     teacher.extra = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(5))
     with pytest.raises(ValueError, match="2 lists of that length: encoder.layer, extra"):
         student_from_teacher(teacher, [0])
+
+
+def quantised(teacher):
+    return torch.ao.quantization.quantize_dynamic(teacher, {torch.nn.Linear}, dtype=torch.qint8)
+
+
+def with_integers(teacher):
+    weight = torch.zeros(WIDTH, WIDTH, dtype=torch.int8)
+    query = teacher.encoder.layer[1].attention.self.query
+    query.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return teacher
+
+
+def with_a_norm(teacher):
+    parametrize = torch.nn.utils.parametrizations.weight_norm
+    parametrize(teacher.encoder.layer[1].attention.self.query)
+    return teacher
+
+
+def changed(**parts):
+    """What gives a teacher other attributes; `a__b` is b of its part a."""
+
+    def change(teacher):
+        for name, value in parts.items():
+            where, _, leaf = name.rpartition("__")
+            setattr(getattr(teacher, where) if where else teacher, leaf, value)
+        return teacher
+
+    return change
+
+
+def with_one_layer_twice(teacher):
+    teacher.encoder.layer[3] = teacher.encoder.layer[1]
+    return teacher
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (quantised, "not quantised; .*packed_params.* is"),
+        (changed(is_quantized=True), "that is not quantised"),
+        (changed(config__quantization_config={"quant_method": "gptq"}), "that is not quantised"),
+        (with_integers, "floating-point parameters; encoder.layer.1.*query.weight is torch.int8"),
+        (with_a_norm, "merge .* it has encoder.layer.1.*query.parametrizations.* besides"),
+        (changed(extra=torch.nn.Linear(2, 2)), "it has extra.weight besides; it has extra.bias"),
+        (
+            changed(embeddings__word_embeddings=torch.nn.Embedding(70, WIDTH)),
+            r"its embeddings.word_embeddings.weight is \[70, \d+\], not \[",
+        ),
+        (lambda teacher: teacher.to("meta"), "parameters with values; .* is on the device meta"),
+        (with_one_layer_twice, "encoder.layer.1 and encoder.layer.3 share some"),
+    ],
+)
+def test_teachers_that_no_student_could_be_cut_from(change, words):
+    teacher = change(FAMILIES["bert"][0]())
+    with pytest.raises(ValueError, match=f"teacher: expected.*{words}"):
+        student_from_teacher(teacher, [0, 1])
+
+
+def test_a_class_that_wants_more_than_its_config_is_refused():
+    class Wanting(transformers.BertModel):
+        def __init__(self, config, more):
+            super().__init__(config)
+
+    with pytest.raises(ValueError, match="a class that its config alone builds; Wanting: .*more"):
+        student_from_teacher(Wanting(bert_config(2), 1), [0])
 
 
 def test_missing_transformers_is_said(monkeypatch):

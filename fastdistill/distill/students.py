@@ -44,8 +44,10 @@ def student_from_teacher(teacher: nn.Module, layers: Sequence[int] | str) -> Any
     Raises:
         TypeError: not a model of transformers, or `layers` of another type.
         ImportError: transformers is not installed.
-        ValueError: a layer that the teacher does not have, one named twice, or a teacher whose
-            layers cannot be told apart (an encoder and a decoder, several stacks).
+        ValueError: a layer that the teacher does not have, one named twice; a teacher whose
+            layers cannot be told apart (an encoder and a decoder, several stacks, one layer in two
+            places), that is quantised, without values or on several devices, or that has been
+            changed since its config built it (adapters, parametrizations).
     """
     _check_teacher(teacher)
     if isinstance(layers, str):
@@ -55,6 +57,7 @@ def student_from_teacher(teacher: nn.Module, layers: Sequence[int] | str) -> Any
     config: Any = copy.deepcopy(teacher.config)
     stack = layer_stack(teacher, config.num_hidden_layers)
     chosen = _check_layers(layers, config.num_hidden_layers)
+    _check_apart(teacher, stack)
     for name in PER_LAYER_SETTINGS:
         values = getattr(config, name, None)
         if isinstance(values, (list, tuple)) and len(values) == config.num_hidden_layers:
@@ -78,9 +81,15 @@ def student_from_teacher(teacher: nn.Module, layers: Sequence[int] | str) -> Any
 def _filled(kind: Any, config: Any, teacher: nn.Module, new_name: Any) -> PreTrainedModel:
     """A model of class `kind` with all tensors from the teacher, under their new names."""
     with torch.random.fork_rng(devices=[]):  # its random start is overwritten at once
-        student: Any = kind(config)
+        try:
+            student: Any = kind(config)
+        except TypeError as error:
+            raise ValueError(
+                f"teacher: expected a class that its config alone builds; {kind.__name__}: {error}"
+            ) from error
     with torch.no_grad():
         tensors = _renamed(teacher.state_dict(), new_name)
+        _check_unchanged(student, tensors)
         student.load_state_dict(tensors, assign=True)  # with the teacher's dtypes and device
         student.tie_weights()
         student.to(next(teacher.parameters()).device)
@@ -118,6 +127,61 @@ def _check_teacher(teacher: nn.Module) -> None:
         )
     if getattr(config, "pruned_heads", None):
         raise ValueError(f"teacher: expected all heads, got pruned_heads={config.pruned_heads}")
+    _check_values(teacher)
+
+
+def _check_values(teacher: Any) -> None:
+    """Refuse weights that a student could not be trained from."""
+    quantised = getattr(teacher.config, "quantization_config", None) is not None
+    if quantised or getattr(teacher, "is_quantized", False):
+        raise ValueError("teacher: expected a model that is not quantised; load it without")
+    for name, x in teacher.state_dict().items():
+        # torch's quantised layers keep packed weights there, which are no tensors
+        if not isinstance(x, Tensor) or x.is_quantized:
+            raise ValueError(f"teacher: expected a model that is not quantised; {name} is")
+    places = {}
+    for name, x in teacher.named_parameters():
+        if not x.is_floating_point():
+            raise ValueError(f"teacher: expected floating-point parameters; {name} is {x.dtype}")
+        places[x.device] = name
+    if torch.device("meta") in places:
+        name = places[torch.device("meta")]
+        raise ValueError(f"teacher: expected parameters with values; {name} is on the device meta")
+    if len(places) > 1:
+        found = ", ".join(f"{name} on {device}" for device, name in places.items())
+        raise ValueError(f"teacher: expected all parameters on one device; got {found}")
+
+
+def _check_apart(teacher: nn.Module, stack: str) -> None:
+    """Refuse layers that share parameters: the student's would be copies that go their own ways."""
+    owners: dict[int, int] = {}
+    layers: Any = teacher.get_submodule(stack)
+    for name, layer in enumerate(layers):
+        for x in layer.parameters():
+            other = owners.setdefault(id(x), name)
+            if other != name:
+                raise ValueError(
+                    f"teacher: expected layers with parameters of their own; {stack}.{other} and "
+                    f"{stack}.{name} share some"
+                )
+
+
+def _check_unchanged(student: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Refuse tensors that the config does not build."""
+    built = student.state_dict()
+    problems = [f"it has {name} besides" for name in tensors if name not in built]
+    problems += [f"it lacks {name}" for name in built if name not in tensors]
+    problems += [
+        f"its {name} is {list(x.shape)}, not {list(built[name].shape)}"
+        for name, x in tensors.items()
+        if name in built and x.shape != built[name].shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            "teacher: expected the tensors that its config says, and no others (merge adapters and "
+            f"parametrizations first); {'; '.join(problems[:3])}{more}"
+        )
 
 
 def layer_stack(teacher: nn.Module, count: int) -> str:
@@ -141,8 +205,10 @@ def layer_stack(teacher: nn.Module, count: int) -> str:
 
 
 def _check_layers(layers: object, count: int) -> list[int]:
-    if not isinstance(layers, Sequence) or any(
-        isinstance(i, bool) or not isinstance(i, int) for i in layers
+    if (
+        not isinstance(layers, Sequence)
+        or isinstance(layers, bytes | bytearray)
+        or any(isinstance(i, bool) or not isinstance(i, int) for i in layers)
     ):
         raise TypeError(f"layers: expected a list of layer numbers, got {layers!r}")
     if not layers:
