@@ -92,8 +92,11 @@ class Products:
         """Out = x W'."""
         torch.mm(x, self.weight.t(), out=out)
 
-    def student_gradient(self, residual: Tensor, out: Tensor, alpha: float) -> None:
-        """Out = alpha R W, rounded once."""
+    def student_gradient(self, residual: Tensor, out: Tensor, alpha: float | Tensor) -> None:
+        """Out = alpha R W, rounded once. A tensor alpha is a scalar on the device."""
+        if isinstance(alpha, Tensor):
+            torch.mul(self.wide_product(residual), alpha, out=out)
+            return
         direct = out.is_contiguous() and out.dtype is self.residual
         product = out if direct else torch.empty(out.shape, dtype=self.residual, device=out.device)
         if alpha == 1.0:
@@ -102,6 +105,10 @@ class Products:
             torch.addmm(product, residual, self.weight, beta=0, alpha=alpha, out=product)
         if not direct:
             out.copy_(product)
+
+    def wide_product(self, residual: Tensor) -> Tensor:
+        """R W in the type of the arithmetic."""
+        return torch.mm(residual.to(self.dtype), self.weight.to(self.dtype))
 
     def add_weight_gradient(self, total: Tensor, residual: Tensor, x: Tensor) -> None:
         """Total += R' x."""
@@ -168,6 +175,10 @@ class CudaProducts(Products):
     def project(self, x: Tensor, out: Tensor) -> None:
         """Out = x W', float32 sums."""
         torch.mm(x, self.weight.t(), out_dtype=torch.float32, out=out)
+
+    def wide_product(self, residual: Tensor) -> Tensor:
+        """R W, float32 sums."""
+        return torch.mm(residual, self.weight, out_dtype=torch.float32)
 
     def add_weight_gradient(self, total: Tensor, residual: Tensor, x: Tensor) -> None:
         """Total += R' x, float32 sums."""

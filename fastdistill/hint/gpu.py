@@ -44,8 +44,12 @@ def _run(
     masked: bool,
     gradients: Gradients,
     epilogue: Epilogue | None,
+    alpha: float | Tensor = 1.0,
 ) -> Tensor:
-    """The distance of each row [rows], no factor in it; fills the gradients of rows x factors."""
+    """The distance of each row [rows], no factor in it.
+
+    Fills the gradients: those of rows times `factors`, times `alpha` where there is a weight.
+    """
     dtype = ops.arithmetic(student, teacher)
     source, wanted = Rows(student), Rows(teacher)
     target = None if gradients.student is None else source.like(gradients.student)
@@ -88,9 +92,13 @@ def _run(
                 if gradients.bias is not None:
                     gradients.bias.add_(residual.sum(0, dtype=dtype))
                 if flat is not None:
-                    matrix.student_gradient(residual, flat, 1.0)
+                    matrix.student_gradient(residual, flat, alpha)
         if block is not None and made is not None and made is not block:
             block.copy_(made.view_as(block))
+    if isinstance(alpha, Tensor) or alpha != 1.0:
+        for x in (gradients.weight, gradients.bias):
+            if x is not None:
+                x.mul_(alpha)
     return loss
 
 
@@ -131,14 +139,22 @@ class Launcher:
         scale = _rows.row_scale(
             student, None, mask, row_weight, normalizer, 0, reduction, divisor, loss.dtype
         ).reshape(-1)
-        factors = scale
+        masked = mask is not None or row_weight is not None
+        factors: Tensor = scale
+        alpha: float | Tensor = 1.0
         if grad_scale.numel():
             factors, common = _common(scale, teacher.shape[-1])
             grad_scale.copy_(common)
-        masked = mask is not None or row_weight is not None
+        elif _rounds_residuals(student, teacher, weight):
+            if masked or normalizer is not None:
+                factors, alpha = _common(scale, teacher.shape[-1])
+            elif len(scale):  # known without asking the GPU
+                total = float(len(scale)) if reduction == "mean" else divisor
+                alpha = 1.0 / total / teacher.shape[-1]
+                factors = torch.full_like(scale, float(teacher.shape[-1]))
         distances = _run(
             kernel, student, teacher, weight, bias, factors, masked, _needed(gradients, needs),
-            epilogue,
+            epilogue, alpha,
         )  # fmt: skip
         distances = torch.where(scale == 0, 0.0, distances * scale)
         loss.copy_(distances.view(student.shape[:-1]) if reduction == "none" else distances.sum())
@@ -165,10 +181,13 @@ class Launcher:
         scale = _rows.row_scale(student, None, mask, row_weight, None, 0, "none", 1.0, dtype)
         factors = torch.where(scale == 0, 0.0, scale * grad_output).reshape(-1)
         common = None
-        if student.dtype is torch.float16:
+        alpha: float | Tensor = 1.0
+        if _rounds_residuals(student, teacher, weight):
+            factors, alpha = _common(factors, teacher.shape[-1])
+        elif student.dtype is torch.float16:
             factors, common = _common(factors, teacher.shape[-1])
         gradients = _needed(outputs, needs)
-        _run(kernel, student, teacher, weight, bias, factors, True, gradients, epilogue)
+        _run(kernel, student, teacher, weight, bias, factors, True, gradients, epilogue, alpha)
         if common is not None:
             for x in outputs:
                 x.mul_(common)
@@ -191,8 +210,16 @@ def _needed(made: Sequence[Tensor], needs: Sequence[bool]) -> Gradients:
     return Gradients(*(x if need else None for x, need in zip(made, needs, strict=True)))
 
 
+def _rounds_residuals(student: Tensor, teacher: Tensor, weight: Tensor | None) -> bool:
+    """Whether residuals are bfloat16 operands of the products. Those take no common factor: rounded
+    with it, all signs of an l1 distance would be off by the same 0.2 %; see native.py.
+    """
+    single = ops.arithmetic(student, teacher) is torch.float32
+    return weight is not None and single and student.dtype is torch.bfloat16
+
+
 def _common(scale: Tensor, features: int) -> tuple[Tensor, Tensor]:
-    """(factors for float16 gradients, what they have to be multiplied by); see native.py."""
+    """(factors of about the features' number, what gradients have to be multiplied by)."""
     finite = torch.where(scale.isfinite(), scale.abs(), 0.0)
     largest = finite.max() if scale.numel() else finite.sum()
     common = torch.where(largest > 0, largest, 1.0) / features

@@ -45,7 +45,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             out.copy_(x.to(self.dtype) @ self.wide.t())
 
         def student_gradient(self, residual: Any, out: Any, alpha: float) -> None:
-            out.copy_(residual.to(self.dtype) @ self.wide)
+            out.copy_(alpha * (residual.to(self.dtype) @ self.wide))
 
         def add_weight_gradient(self, total: Any, residual: Any, x: Any) -> None:
             total += residual.to(self.dtype).t() @ x.to(self.dtype)
