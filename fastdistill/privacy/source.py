@@ -112,3 +112,19 @@ def seeded(generator: torch.Generator) -> Source:
     else:
         stream = int(torch.empty((), dtype=torch.int64).random_(generator=generator))
     return Source(PHILOX, key, stream)
+
+
+def nonce() -> int:
+    """64 fresh bits of the operating system."""
+    return int.from_bytes(os.urandom(8), "little")
+
+
+def mixed(source: Source, nonce: int) -> Source:
+    """The same generator under another key: for a seeded run that begins again from a checkpoint.
+
+    Its generator would repeat the noise that the interrupted run has added to other gradients.
+    """
+    if source.kind != PHILOX or nonce == 0:
+        return source
+    words = _words(nonce.to_bytes(8, "little"))
+    return source._replace(key=source.key ^ words)

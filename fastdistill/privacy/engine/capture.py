@@ -1,0 +1,129 @@
+"""Layers whose forward keeps what a private gradient needs, and no more.
+
+A layer's forward becomes an autograd.Function that keeps its input and, in the backward pass, its
+output's gradient. It returns the gradient of the input where one is needed, and none of the
+parameters: the ordinary gradient of the weight, half of the work of a backward pass, is never
+computed (hooks cannot avoid it).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastdistill.privacy.engine.gradients import Piece
+
+
+class Rule(Protocol):
+    """What a kind of layer has to say of itself."""
+
+    def prepare(self, layer: Any, x: Tensor) -> Tensor:
+        """The input as `run` takes it (padding); differentiated by torch."""
+
+    def run(self, layer: Any, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The output, and what is to be kept besides the input."""
+
+    def input_gradient(
+        self, layer: Any, x: Tensor, kept: tuple[Tensor, ...], grad: Tensor
+    ) -> Tensor | None:
+        """The gradient of the input."""
+
+    def pieces(
+        self, layer: Any, x: Tensor, kept: tuple[Tensor, ...], grad: Tensor
+    ) -> list[tuple[Tensor, Piece]]:
+        """The per-sample gradients of the layer's parameters; the batch comes first."""
+
+
+class Use(NamedTuple):
+    """One use of a layer in a forward pass that a backward pass has reached."""
+
+    name: str
+    layer: nn.Module
+    rule: Rule
+    x: Tensor
+    kept: tuple[Tensor, ...]
+    grad: Tensor
+
+
+class Book:
+    """Where the layers of a model report during a private backward pass."""
+
+    def __init__(self) -> None:
+        self._uses: list[Use] | None = None
+        self.on = True  # False: layers behave as if nothing had been changed
+        self.training: Callable[[], bool] = lambda: True  # of the model that they belong to
+
+    def __enter__(self) -> list[Use]:
+        if self._uses is not None:
+            raise RuntimeError("backward: a private backward pass is already running")
+        self._uses = []
+        return self._uses
+
+    def __exit__(self, *_: object) -> None:
+        self._uses = None
+
+    def report(self, use: Use) -> None:
+        """Called in the backward pass, once for each use of a layer."""
+        if self._uses is None:
+            raise RuntimeError(
+                "backward: this model's gradients are clipped sample by sample; call the criterion "
+                "that make_private returned, and backward() of what it gives"
+            )
+        self._uses.append(use)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Book:
+        copy = Book()
+        memo[id(self)] = copy
+        return copy
+
+
+class _Keep(torch.autograd.Function):
+    """The layer's forward. Its parameters are inputs so that the output depends on them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, book: Book, name: str, layer: nn.Module, rule: Rule, *_: Tensor
+    ) -> Tensor:
+        y, kept = rule.run(layer, x)
+        ctx.save_for_backward(x, *kept)
+        ctx.book, ctx.name, ctx.layer, ctx.rule = book, name, layer, rule
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *kept = ctx.saved_tensors
+        rule, layer = ctx.rule, ctx.layer
+        ctx.book.report(Use(ctx.name, layer, rule, x, tuple(kept), grad))
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = rule.input_gradient(layer, x, tuple(kept), grad)
+        return grad_x, *(None,) * (len(ctx.needs_input_grad) - 1)
+
+
+def _forward(layer: nn.Module, book: Book, name: str, rule: Rule, x: Tensor) -> Tensor:
+    parameters = [p for p in layer.parameters() if p.requires_grad]
+    watched = book.on and torch.is_grad_enabled() and (layer.training or book.training())
+    if not (watched and parameters):
+        return type(layer).forward(layer, x)
+    y: Tensor = _Keep.apply(rule.prepare(layer, x), book, name, layer, rule, *parameters)
+    return y
+
+
+def patch(layer: nn.Module, book: Book, name: str, rule: Rule) -> None:
+    """Make the layer report to the book."""
+    if "forward" in vars(layer):
+        raise ValueError(
+            f"module: {name or 'the module'} has a forward of its own (another wrapper's?); "
+            "give make_private the plain module"
+        )
+    layer.forward = functools.partial(_forward, layer, book, name, rule)  # type: ignore[method-assign]
+
+
+def unpatch(layer: nn.Module) -> None:
+    """What it was before `patch`."""
+    vars(layer).pop("forward", None)
