@@ -87,3 +87,81 @@ def assert_close(got: Sequence[Tensor], want: Sequence[Tensor], limit: float = 1
     size = sum(float(b.double().square().sum()) for b in want)
     assert all(a.shape == b.shape for a, b in zip(got, want, strict=True))
     assert apart**0.5 <= limit * size**0.5, (apart**0.5, size**0.5)
+
+
+class Attention(nn.Module):
+    """Causal attention over Linear layers, as Opacus can take it."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, d = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).reshape(b, t, d))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    """A small language model; `tied`: the output layer is the embedding."""
+
+    def __init__(
+        self,
+        vocabulary: int = 13,
+        width: int = 8,
+        layers: int = 2,
+        heads: int = 2,
+        length: int = 5,
+        tied: bool = False,
+        padding: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width, padding_idx=padding)
+        self.places = nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(Block(width, heads, 2 * width) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.head.weight = self.tokens.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+        h = self.tokens(x) + self.places(places)
+        for block in self.blocks:
+            h = block(h)
+        return self.head(self.norm(h))
+
+
+class CNN(nn.Module):
+    """Convolutions with a group, a stride, a dilation and a reflected border."""
+
+    def __init__(self, padding_mode: str = "zeros", padding: Any = 1) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=padding, padding_mode=padding_mode),
+            nn.GroupNorm(2, 4),
+            nn.ReLU(),
+            nn.Conv2d(4, 6, (3, 2), stride=(2, 1), dilation=(1, 2), groups=2, bias=False),
+            nn.Tanh(),
+            nn.Conv2d(6, 3, 1),
+        )
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean((2, 3)))

@@ -8,8 +8,9 @@ computed (hooks cannot avoid it).
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -114,14 +115,77 @@ def _forward(layer: nn.Module, book: Book, name: str, rule: Rule, x: Tensor) -> 
     return y
 
 
-def patch(layer: nn.Module, book: Book, name: str, rule: Rule) -> None:
-    """Make the layer report to the book."""
+class _Tap(torch.autograd.Function):
+    """The output of a layer that has no rule; what reaches it in the backward pass is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        book: Book,
+        name: str,
+        layer: nn.Module,
+        rule: Rule,
+        inputs: int,
+        *x: Any,
+    ) -> Tensor:
+        ctx.save_for_backward(*x[:inputs])
+        ctx.book, ctx.name, ctx.layer, ctx.rule = book, name, layer, rule
+        return y.view_as(y)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *kept = ctx.saved_tensors
+        ctx.book.report(Use(ctx.name, ctx.layer, ctx.rule, x, tuple(kept), grad))
+        return grad, *(None,) * (len(ctx.needs_input_grad) - 1)
+
+
+@contextlib.contextmanager
+def _detached(layer: nn.Module) -> Iterator[None]:
+    """The layer with parameters that need no gradient: its own pass then computes none for them."""
+    held = [(m, dict(m._parameters)) for m in layer.modules()]
+    try:
+        for m, parameters in held:
+            m._parameters.update(
+                {k: p if p is None else p.detach() for k, p in parameters.items()}  # type: ignore[misc]
+            )
+        yield
+    finally:
+        for m, parameters in held:
+            m._parameters.update(parameters)
+
+
+def _forward_sampled(
+    layer: nn.Module, book: Book, name: str, rule: Rule, *inputs: Any, **kwargs: Any
+) -> Any:
+    parameters = [p for p in layer.parameters() if p.requires_grad]
+    watched = book.on and torch.is_grad_enabled() and (layer.training or book.training())
+    if not (watched and parameters):
+        return type(layer).forward(layer, *inputs, **kwargs)
+    where = f"module: {name or 'the module'} ({type(layer).__name__})"
+    if kwargs or not all(isinstance(x, Tensor) for x in inputs):
+        raise ValueError(
+            f"{where}: expected tensors as its inputs, by position: Opacus's samplers see no others"
+        )
+    with _detached(layer):
+        y = type(layer).forward(layer, *inputs)
+    if not isinstance(y, Tensor):
+        raise ValueError(f"{where}: expected one tensor as its output, got {type(y).__name__}")
+    return _Tap.apply(
+        y, book, name, layer, rule, len(inputs), *(x.detach() for x in inputs), *parameters
+    )
+
+
+def patch(layer: nn.Module, book: Book, name: str, rule: Rule, sampled: bool) -> None:
+    """Make the layer report to the book; `sampled`: it runs as it is, by a sampler of Opacus's."""
     if "forward" in vars(layer):
         raise ValueError(
             f"module: {name or 'the module'} has a forward of its own (another wrapper's?); "
             "give make_private the plain module"
         )
-    layer.forward = functools.partial(_forward, layer, book, name, rule)  # type: ignore[method-assign]
+    forward = _forward_sampled if sampled else _forward
+    layer.forward = functools.partial(forward, layer, book, name, rule)  # type: ignore[method-assign]
 
 
 def unpatch(layer: nn.Module) -> None:

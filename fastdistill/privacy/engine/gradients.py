@@ -19,7 +19,7 @@ All arithmetic is in float32, or float64 for float64: half types are widened fir
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -325,6 +325,80 @@ class Rows(Gradient):
         return out
 
 
+class Convolution(Gradient):
+    """A convolution's weight [O, C / groups, *kernel], by unfolding a few samples at a time.
+
+    Kept where they fit, else made twice.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        g: Tensor,
+        unfold: Callable[[Tensor], Tensor],
+        shape: torch.Size,
+        groups: int,
+        workspace: Workspace,
+        key: object,
+    ) -> None:
+        self.x, self.g, self.unfold, self.groups = wide(x), wide(g), unfold, groups
+        self.samples, self.shape = len(x), shape
+        patch = shape[1:].numel() * groups * g.shape[2:].numel() * self.x.itemsize
+        self.step = max(_PATCHES // max(patch, 1), 1)
+        self.made: Tensor | None = None
+        if workspace.fits(self.samples * shape.numel(), self.x):
+            self.made = workspace.take(key, (self.samples, *shape), self.x)
+            for some in self._slabs(slice(0, self.samples)):
+                self._products(some, self.made[some])
+
+    def _slabs(self, part: slice) -> Iterator[slice]:
+        for i in range(part.start, part.stop, self.step):
+            yield slice(i, min(i + self.step, part.stop))
+
+    def _products(self, some: slice, out: Tensor | None = None) -> Tensor:
+        patches = self.unfold(self.x[some])  # [b, C k, L]
+        b, _, length = patches.shape
+        patches = patches.reshape(b * self.groups, -1, length)
+        g = self.g[some].reshape(b * self.groups, -1, length)
+        if out is None:
+            return torch.bmm(g, patches.mT).view(b, *self.shape)
+        torch.bmm(g, patches.mT, out=out.view(b * self.groups, g.shape[1], -1))
+        return out
+
+    def square(self) -> Tensor:
+        """Square norms, float64 [B]."""
+        if self.made is not None:
+            return squares(self.made)
+        return torch.cat([squares(self._products(s)) for s in self._slabs(slice(0, self.samples))])
+
+    def select(self, kept: Tensor) -> None:
+        """Zero for the samples that are not kept [B]."""
+        self.x, self.g = only(kept, self.x), only(kept, self.g)
+        if self.made is not None:
+            self.made = only(kept, self.made)
+
+    def _sum(self, factor: Tensor, part: slice) -> Tensor:
+        first, last, _ = part.indices(self.samples)
+        factor = factor.to(self.x.dtype)[None]
+        if self.made is not None:
+            return (factor @ self.made[first:last].flatten(1)).view(self.shape)
+        out = self.x.new_zeros(1, self.shape.numel())
+        for some in self._slabs(slice(first, last)):
+            weights = factor[:, some.start - first : some.stop - first]
+            out.addmm_(weights, self._products(some).flatten(1))
+        return out.view(self.shape)
+
+    def dense(self) -> Tensor:
+        """[B, *shape]."""
+        if self.made is not None:
+            return self.made
+        return torch.cat([self._products(s) for s in self._slabs(slice(0, self.samples))])
+
+
+_PATCHES = 1 << 20
+"""Bytes of unfolded samples at once: they stay in the cache."""
+
+
 class Tied(Gradient):
     """An embedding that is the output layer as well: Product + Rows, too large to be made.
 
@@ -389,7 +463,21 @@ class Lookups:
         return self.vocabulary, self.padding
 
 
-Piece = Pairs | Lookups | Gradient
+class Unfolded:
+    """A convolution's input and output gradient, likewise."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        g: Tensor,
+        unfold: Callable[[Tensor], Tensor],
+        shape: torch.Size,
+        groups: int,
+    ) -> None:
+        self.x, self.g, self.unfold, self.shape, self.groups = x, g, unfold, shape, groups
+
+
+Piece = Pairs | Lookups | Unfolded | Gradient
 """What one use of a parameter in a forward pass leaves behind."""
 
 
@@ -400,6 +488,13 @@ def combine(pieces: Sequence[Piece], workspace: Workspace, key: object) -> Gradi
     have in common.
     """
     gradients: list[Gradient] = [x for x in pieces if isinstance(x, Gradient)]
+    for i, piece in enumerate(pieces):
+        if isinstance(piece, Unfolded):
+            gradients.append(
+                Convolution(
+                    piece.x, piece.g, piece.unfold, piece.shape, piece.groups, workspace, (key, i)
+                )
+            )
     pairs = [x for x in pieces if isinstance(x, Pairs)]
     product = rows = None
     if pairs:

@@ -81,7 +81,7 @@ class PrivateModule(GradSampleModuleFastGradientClipping):
             self.samplers[name] = how
             if how != layers.FUSED:
                 logger.warning("%s (%s): %s", name or "the module", type(layer).__name__, how)
-            patch(layer, self._book, name, rule)
+            patch(layer, self._book, name, rule, how != layers.FUSED)
             self._patched.append(layer)
         self.enable_hooks()
 
@@ -89,7 +89,9 @@ class PrivateModule(GradSampleModuleFastGradientClipping):
         """The layers as they were."""
         self.disable_hooks()
         while self._patched:
-            unpatch(self._patched.pop())
+            layer = self._patched.pop()
+            unpatch(layer)
+            layers.forget(layer)
         self._workspace.release()
 
     def enable_hooks(self) -> None:
@@ -149,12 +151,9 @@ class PrivateModule(GradSampleModuleFastGradientClipping):
 
 def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The layers whose gradients are asked for: as Opacus's `iterate_submodules` finds them."""
-    trainable = any(p.requires_grad for p in module.parameters(recurse=False))
-    if trainable:
+    own = any(p.requires_grad for p in module.parameters(recurse=False))
+    if own and type(module) not in (DPRNN, DPLSTM, DPGRU):  # theirs are those of their cells
         yield name, module
-        if not layers.known(module):  # a sampler for the whole of it
-            return
-    if trainable and type(module) not in (DPRNN, DPLSTM, DPGRU):
         return
     for key, child in module.named_children():
         yield from _layers(child, f"{name}.{key}" if name else key)
@@ -164,7 +163,8 @@ def _batch_first(
     use: Use, batch_first: bool, samples: int
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
     dim = 0
-    if not batch_first and type(use.layer) is not RNNLinear:
+    fixed = isinstance(use.layer, RNNLinear | nn.Conv1d | nn.Conv2d | nn.GroupNorm)
+    if not batch_first and not fixed:
         fewest = 2 if isinstance(use.layer, nn.Embedding) else 3
         dim = 1 if use.x.ndim >= fewest else 0
     if use.x.ndim <= dim or use.x.shape[dim] != samples:
