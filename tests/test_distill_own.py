@@ -51,6 +51,51 @@ def large():
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 4))
 
 NUMBER = 3
+
+def unknown(num_classes):
+    return student(num_classes)
+
+def failing(**sizes):
+    return {}[sorted(sizes)[0]]
+
+def leaving():
+    raise SystemExit("no")
+
+class Odd(nn.Module):
+    def __init__(self, what):
+        super().__init__()
+        self.head = nn.Linear(100, 4)
+        self.what = what
+
+    def forward(self, x):
+        y = self.head(x.flatten(1))
+        if self.what == "classes":
+            return y.long()
+        if self.what == "detached":
+            return y.detach()
+        if self.what == "nothing to train on":
+            return None if self.training else y
+        return {}["no key"]
+
+def classes_():
+    return Odd("classes")
+
+def detached():
+    return Odd("detached")
+
+def untrained():
+    return Odd("nothing to train on")
+
+def keyless():
+    return Odd("key")
+
+def frozen():
+    return student(4).requires_grad_(False)
+
+always = student(4)
+
+def same():
+    return always
 """
 
 SMALL = {
@@ -74,6 +119,8 @@ def own(tmp_path_factory):
     """The user's module, in a directory that is the current one."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "ownnets.py").write_text(MODULE)
+    (folder / "ownbad.py").write_text("def make(:")
+    (folder / "ownexit.py").write_text("raise SystemExit(1)")
     patch = pytest.MonkeyPatch()
     patch.chdir(folder)
     patch.setattr("sys.path", [p for p in __import__("sys").path if p])
@@ -193,6 +240,18 @@ def test_evaluate_runs_named_code_only(finished):
         ("ownnets:nothing", ["returned a NoneType, not a torch.nn.Module"]),
         ("ownnets:pairs", ["returned [2, 2]; expected logits [2, 4]"]),
         ("ownnets:large", ["On images [2, 1, 10, 10] it failed"]),
+        ("ownnets:unknown", ["It needs num_classes; it is given channels, height, width, classes"]),
+        ("ownnets:failing", ["It failed: KeyError: 'channels' (ownnets.py, line "]),
+        ("ownnets:leaving", ["It failed: SystemExit: no (ownnets.py, line "]),
+        ("ownnets:keyless", ["it failed: KeyError: 'no key' (ownnets.py, line"]),
+        ("ownnets:classes_", ["It returned torch.int64; expected floating-point logits"]),
+        ("ownnets:detached", ["Its logits have no gradient"]),
+        ("ownnets:untrained", ["it returned in training mode a NoneType"]),
+        ("ownnets:frozen", ["All its parameters are frozen"]),
+        ("ownnets:same", ["It has its low.0.weight in common with another network"]),
+        ("ownbad:make", ["The module ownbad cannot be imported: SyntaxError", "ownbad.py, line 1"]),
+        ("ownexit:make", ["The module ownexit cannot be imported: SystemExit"]),
+        (".ownnets:teacher", ["The module .ownnets cannot be imported: TypeError"]),
     ],
 )
 def test_factories_are_checked_before_anything_is_written(own, data, tmp_path, where, words):
@@ -371,6 +430,70 @@ def test_folder_refusals(tmp_path):
     refusal(attempt(both), "It has test and val")
     (tmp_path / "e").mkdir()
     refusal(attempt(tmp_path / "e"), "must hold train-images-idx3-ubyte", "found none of them")
+
+
+def test_folder_shows_what_a_person_sees(tmp_path):
+    """No hidden files, no leavings of other programs; pictures as a viewer turns them."""
+    x, y = blobs(60)
+    for part in ("train", "test"):
+        folder(tmp_path / part, x, y)
+    for name in (".git", "__MACOSX"):  # beside train and test: they stay what they are
+        (tmp_path / name).mkdir()
+    (tmp_path / "train" / "cat" / "._0.png").write_bytes(b"resource fork")
+    hidden = tmp_path / "train" / "cat" / ".ipynb_checkpoints"
+    hidden.mkdir()
+    (hidden / "0.png").write_bytes(b"not an image either")
+    found = load(str(tmp_path), 0)
+    assert found.source.classes == 4 and len(found.train) == len(found.test) == 60
+
+    turned = tmp_path / "turned"
+    folder(turned, x, y)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    Image.fromarray(x[0]).save(turned / "bird" / "!.png", exif=exif)
+    first = load(str(turned), 0).source.train.pixels[0, 0]
+    np.testing.assert_array_equal(first, np.rot90(x[0], -1))
+
+
+def test_folder_with_a_class_called_train(tmp_path):
+    x, y = blobs(60)
+    folder(tmp_path, x, y, names=("boat", "bus", "plane", "train"))
+    assert load(str(tmp_path), 0).source.classes == 4
+
+
+def test_folder_passes_nothing_over(tmp_path):
+    x, y = blobs(60)
+
+    def attempt(change):
+        path = tmp_path / str(len(list(tmp_path.iterdir())))
+        change(path)
+        return lambda: load(str(path), 0)
+
+    def parts(*names):
+        return lambda path: [folder(path / name, x, y) for name in names]
+
+    def classes_and(extra):
+        return lambda path: (folder(path, x, y), extra(path))
+
+    refusal(attempt(parts("train", "test", "more")), "Beside train it has more")
+    refusal(attempt(parts("train", "training")), "It has train and training")
+    picture = Image.fromarray(x[0])
+    loose = attempt(classes_and(lambda path: picture.save(path / "0.png")))
+    refusal(loose, "has images beside the folders of its classes: 0.png")
+    empty = attempt(classes_and(lambda path: (path / "cow").mkdir()))
+    refusal(empty, "cow has no images", "Add some, or remove the folder")
+    several = {"save_all": True, "append_images": [Image.fromarray(x[1])]}
+    frames = attempt(classes_and(lambda path: picture.save(path / "cat" / "a.tiff", **several)))
+    refusal(frames, "a.tiff holds 2 images")
+    nowhere = attempt(classes_and(lambda path: (path / "cat" / "l.png").symlink_to("nowhere")))
+    refusal(nowhere, "l.png cannot be read")
+
+
+def test_folder_with_a_picture_too_large_to_open(tmp_path, monkeypatch):
+    x, y = blobs(40)
+    folder(tmp_path, x, y)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    refusal(lambda: load(str(tmp_path), 0), "cannot be read: Image size (100 pixels) exceeds")
 
 
 def test_pixels_may_stay_as_they_are(own, data, tmp_path):

@@ -66,6 +66,29 @@ def test_attention_transfer_edges():
     assert attention_transfer(*tokens).ndim == 0
 
 
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("shape", [(0, 3, 6, 5), (4, 3, 0, 5), (4, 0, 6, 5)])
+def test_attention_transfer_of_nothing_is_0(shape, squared):
+    """As with every loss here, no rows give 0, not 0 / 0, and a gradient of nothing."""
+    student = torch.randn(shape, requires_grad=True)
+    loss = attention_transfer(student, torch.randn(shape), squared=squared)
+    assert float(loss.detach()) == 0
+    assert torch.autograd.grad(loss, student)[0].shape == shape
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+@pytest.mark.parametrize("power", [1.0, 2.0, 4.0])
+def test_attention_transfer_of_any_size(scale, power):
+    """The norms take the size out; its powers neither overflow nor vanish before."""
+    student, teacher = (x.detach().float() for x in maps())
+    want = student.requires_grad_(), attention_transfer(student, teacher, power=power)
+    sized = (student.detach() * scale).requires_grad_()
+    got = attention_transfer(sized, teacher / scale, power=power)
+    torch.testing.assert_close(got, want[1], rtol=1e-5, atol=0)
+    gradients = [torch.autograd.grad(y, x)[0] for x, y in (want, (sized, got))]
+    torch.testing.assert_close(gradients[1] * scale, gradients[0], rtol=1e-4, atol=1e-6)
+
+
 def test_attention_transfer_bad_input():
     student, teacher = maps()
     with pytest.raises(ValueError, match=r"teacher_features: expected shape \[4, C, 6, 5\]"):
@@ -189,6 +212,21 @@ def test_attention_kl_bad_input():
         attention_kl(student, teacher, mask=mask.long())
     with pytest.raises(ValueError, match=r"expected \[..., heads, queries, keys\]"):
         attention_kl(student[0, 0], teacher[0, 0])
+    with pytest.raises(ValueError, match="student_attention: expected at least one key"):
+        attention_kl(student[..., :0], teacher[..., :0])
+    minus = torch.tensor([[[1.5, -0.5]]])  # sums to 1, and is no distribution
+    with pytest.raises(ValueError, match="teacher_attention: expected probabilities, >= 0; 1 of 1"):
+        attention_kl(torch.full((1, 1, 2), 0.5), minus)
+    with pytest.raises(ValueError, match="student_attention: .*before the softmax"):
+        attention_kl(minus, torch.full((1, 1, 2), 0.5))
+
+
+def test_attention_kl_of_nothing_is_0():
+    for shape in ((0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4)):
+        student = torch.full(shape, 0.25, requires_grad=True)
+        loss = attention_kl(student, torch.full(shape, 0.25))
+        assert float(loss.detach()) == 0
+        assert torch.autograd.grad(loss, student)[0].shape == shape
 
 
 @pytest.mark.parametrize("loss", ["kl", "at"])

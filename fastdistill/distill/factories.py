@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import inspect
 import sys
+import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +23,8 @@ class Factory:
     """A function of the user's, and what it is told of the data.
 
     It is called without arguments, or with those of channels, height, width and classes that it
-    has parameters for, and returns a module: images [N, channels, height, width] float32 ->
-    logits [N, classes].
+    has parameters for (all of them, if it takes any keyword), and returns a module of its own each
+    time: images [N, channels, height, width] float32 -> logits [N, classes].
 
     Attributes:
         where: "module:factory", the module found from the current directory or installed.
@@ -52,12 +53,16 @@ class Factory:
         """A new network.
 
         Raises:
-            JobError: no such function, or it returns something else.
+            JobError: no such function, it fails, wants something else or returns something else.
         """
         title = f"The network {self.where} cannot be used."
         function = _find(title, self.where)
-        told = {k: v for k, v in asdict(self).items() if k in _parameters(function)}
-        model = function(**told)
+        known = {k: v for k, v in asdict(self).items() if k != "where"}
+        told = _told(title, function, known)
+        try:
+            model = function(**told)
+        except (Exception, SystemExit) as error:
+            raise _failed(title, "It failed", error) from error
         if not isinstance(model, nn.Module):
             raise JobError(
                 title,
@@ -67,32 +72,61 @@ class Factory:
         return model
 
 
-def check(model: nn.Module, where: str, images: Tensor, classes: int) -> None:
+def check(model: nn.Module, where: str, images: Tensor, classes: int, trained: bool = True) -> None:
     """Run the network on a few images [N, C, H, W], before anything is trained.
 
+    In evaluation mode and, if it is to be `trained`, in training mode too, which may change its
+    buffers: give it a model that is not used any further.
+
     Raises:
-        JobError: it cannot take them, or does not return logits [N, classes].
+        JobError: it cannot take them, does not return logits [N, classes], or cannot be trained.
     """
     title = f"The network {where} cannot be used."
-    was = model.training
-    try:
-        with torch.no_grad():
-            found = model.eval()(images)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    for training in (False, True) if trained else (False,):
+        mode = "in training mode " if training else ""
+        try:
+            with torch.set_grad_enabled(training):
+                found = model.train(training)(images)
+        except (Exception, SystemExit) as error:
+            what = f"On images {list(images.shape)} it failed {mode}".rstrip()
+            raise _failed(title, what, error) from error
+        wanted = [len(images), classes]
+        if not isinstance(found, Tensor) or list(found.shape) != wanted:
+            got = list(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            raise JobError(
+                title,
+                f"On images {list(images.shape)} it returned {mode}{got}; expected logits "
+                f"{wanted}.",
+                "Let it return one logit per class.",
+            )
+        if not found.is_floating_point():
+            raise JobError(
+                title,
+                f"It returned {found.dtype}; expected floating-point logits.",
+                "Let it return logits, not classes.",
+            )
+        if training and not found.requires_grad:
+            frozen = not any(x.requires_grad for x in model.parameters())
+            raise JobError(
+                title,
+                "All its parameters are frozen." if frozen else "Its logits have no gradient.",
+                "Let it have parameters that require a gradient.",
+            )
+
+
+def check_apart(model: nn.Module, other: nn.Module, where: str) -> None:
+    """Refuse networks that share parameters: one would be trained with the other.
+
+    Raises:
+        JobError: they do.
+    """
+    theirs = {id(x) for x in other.parameters()}
+    shared = next((name for name, x in model.named_parameters() if id(x) in theirs), None)
+    if shared is not None:
         raise JobError(
-            title,
-            f"On images {list(images.shape)} it failed: {error}.",
-            "Build it for images of that size.",
-        ) from None
-    finally:
-        model.train(was)
-    wanted = [len(images), classes]
-    if not isinstance(found, Tensor) or list(found.shape) != wanted:
-        got = list(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
-        raise JobError(
-            title,
-            f"On images {list(images.shape)} it returned {got}; expected logits {wanted}.",
-            "Let it return one logit per class.",
+            f"The network {where} cannot be used.",
+            f"It has its {shared} in common with another network of the job.",
+            "Let it build a new one at each call.",
         )
 
 
@@ -151,6 +185,8 @@ def _find(title: str, where: str) -> Any:
         found: Any = importlib.import_module(name)
     except ImportError as error:
         raise JobError(title, f"{error}.", "Check the name, or the current directory.") from None
+    except (Exception, SystemExit) as error:  # whatever stands in the module
+        raise _failed(title, f"The module {name} cannot be imported", error) from error
     for part in function.split("."):
         if not hasattr(found, part):
             raise JobError(
@@ -164,8 +200,39 @@ def _find(title: str, where: str) -> Any:
     return found
 
 
-def _parameters(function: Any) -> set[str]:
+def _failed(title: str, what: str, error: BaseException) -> JobError:
+    """Of the user's own code: what it raised, and where."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename[:1] != "<"]
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    said = str(error).rstrip(".")
+    kind = type(error).__name__
+    return JobError(
+        title,
+        f"{what}: {kind}{f': {said}' if said else ''}{place}.",
+        "Correct it; it is told the channels, height, width and classes of the images.",
+    )
+
+
+def _told(title: str, function: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the known values that a function has parameters for."""
     try:
-        return set(inspect.signature(function).parameters)
+        parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # of a built-in one: it is told nothing
-        return set()
+        return {}
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    variable = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    missing = [
+        p.name
+        for p in parameters
+        if p.default is p.empty
+        and p not in variable
+        and (p.name not in known or p.kind is p.POSITIONAL_ONLY)
+    ]
+    if missing:
+        raise JobError(
+            title,
+            f"It needs {', '.join(missing)}; it is given {', '.join(known)} by keyword.",
+            "Give its other parameters defaults, or write a function around it.",
+        )
+    anything = any(p.kind is p.VAR_KEYWORD for p in variable)
+    return {k: v for k, v in known.items() if anything or k in names}

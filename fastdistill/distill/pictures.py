@@ -26,23 +26,16 @@ def read(folder: Path) -> tuple[Part, Part | None]:
         folder: holds one folder of images per class, or train/ and test/ (or val/) with these.
             Classes are numbered in the order of their names.
 
+    Names that begin with . or __ are passed over. Pictures are turned as their EXIF data say.
+
     Raises:
-        JobError: images of several sizes (nothing is resized), a file that cannot be read, classes
-            that the training part does not have.
+        JobError: images of several sizes (nothing is resized), a file that cannot be read or holds
+            several images, images outside of the classes' folders, an empty class, classes that
+            the training part does not have, folders that could be classes or parts.
     """
     extras.require("A folder of images", "PIL")
     title = f"The data {folder} cannot be used."
-    parts = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
-    train = next((parts[name] for name in TRAIN if name in parts), None)
-    tests = [parts[name] for name in TEST if name in parts]
-    if train is None or not set(parts) <= {*TRAIN, *TEST}:
-        train, tests = folder, []  # the folders are classes, whatever their names
-    if len(tests) > 1:
-        raise JobError(
-            title,
-            f"It has {' and '.join(path.name for path in tests)}; one of them is for testing.",
-            "Give a folder without the other.",
-        )
+    train, tests = _parts(title, folder)
     classes = _classes(title, train)
     paths = [_paths(title, train, classes), *(_paths(title, test, classes) for test in tests)]
     images = _images(title, [path for part in paths for path, _ in part])
@@ -52,9 +45,53 @@ def read(folder: Path) -> tuple[Part, Part | None]:
     return (images[:cut], labels[:cut]), test
 
 
+def _entries(folder: Path) -> list[Path]:
+    """What a person sees there: no .git, no ._1.png of macOS, no __MACOSX."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__")))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.is_dir()
+
+
+def _parts(title: str, folder: Path) -> tuple[Path, list[Path]]:
+    """The folder of the training images, and that of the test images, if there is one."""
+    folders = [path for path in _entries(folder) if path.is_dir()]
+    trains = [path for path in folders if path.name.lower() in TRAIN]
+    tests = [path for path in folders if path.name.lower() in TEST]
+    others = [path for path in folders if path not in (*trains, *tests)]
+    if not trains:
+        return folder, []  # the folders are classes, whatever their names
+    if others:
+        if not any(path.is_dir() for train in trains for path in _entries(train)):
+            return folder, []  # a class of pictures of trains
+        raise JobError(
+            title,
+            f"Beside {trains[0].name} it has {', '.join(path.name for path in others)}; "
+            "expected folders of classes alone, or train and test alone.",
+            "Move the others away.",
+        )
+    for paths, what in ((trains, "training"), (tests, "testing")):
+        if len(paths) > 1:
+            raise JobError(
+                title,
+                f"It has {' and '.join(path.name for path in paths)}; one of them is for {what}.",
+                "Give a folder without the other.",
+            )
+    return trains[0], tests
+
+
 def _classes(title: str, folder: Path) -> list[str]:
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    names = [name for name in names if not name.startswith((".", "__"))]
+    entries = _entries(folder)
+    names = [path.name for path in entries if path.is_dir()]
+    loose = [path.name for path in entries if _is_image(path)]
+    if loose and names:
+        raise JobError(
+            title,
+            f"{folder} has images beside the folders of its classes: {loose[0]}"
+            + (f" and {len(loose) - 1} more." if len(loose) > 1 else "."),
+            "Move them into their class, or away.",
+        )
     if len(names) < 2:
         raise JobError(
             title,
@@ -66,31 +103,37 @@ def _classes(title: str, folder: Path) -> list[str]:
 
 def _paths(title: str, folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
     """Each image and its class."""
-    unknown = [
-        path.name
-        for path in sorted(folder.iterdir())
-        if path.is_dir() and path.name not in classes and not path.name.startswith((".", "__"))
-    ]
+    unknown = [p.name for p in _entries(folder) if p.is_dir() and p.name not in classes]
     if unknown:
         raise JobError(
             title,
             f"{folder} has the classes {', '.join(unknown)}, which have no training images.",
             "Use the same classes in both parts.",
         )
-    found = [
-        (path, label)
-        for label, name in enumerate(classes)
-        if (folder / name).is_dir()
-        for path in sorted((folder / name).rglob("*"))
-        if path.suffix.lower() in SUFFIXES and path.is_file()
-    ]
+    found: list[tuple[Path, int]] = []
+    for label, name in enumerate(classes):
+        if not (folder / name).is_dir():
+            continue  # a test part may lack a class
+        paths = [
+            path
+            for path in sorted((folder / name).rglob("*"))
+            if _is_image(path)
+            and not any(part.startswith(".") for part in path.relative_to(folder / name).parts)
+        ]
+        if not paths:
+            raise JobError(
+                title,
+                f"{folder / name} has no images ({', '.join(SUFFIXES)}).",
+                "Add some, or remove the folder.",
+            )
+        found += [(path, label) for path in paths]
     if not found:
         raise JobError(title, f"{folder} has no images ({', '.join(SUFFIXES)}).", "Check --data.")
     return found
 
 
 def _images(title: str, paths: list[Path]) -> NDArray[np.uint8]:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     arrays: list[NDArray[Any]] = []
     for path in paths:
@@ -107,10 +150,21 @@ def _images(title: str, paths: list[Path]) -> NDArray[np.uint8]:
                     raise JobError(
                         title, f"{path} is transparent in part.", "Put it on a background."
                     )
-                array = np.asarray(image.convert("L" if image.mode in GREY else "RGB"))
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+                frames = getattr(image, "n_frames", 1)
+                if frames > 1:
+                    raise JobError(
+                        title, f"{path} holds {frames} images.", "Save one of them to a file."
+                    )
+                turned = ImageOps.exif_transpose(image)
+                array = np.asarray(turned.convert("L" if image.mode in GREY else "RGB"))
+        except (
+            UnidentifiedImageError,
+            Image.DecompressionBombError,
+            OSError,
+            SyntaxError,
+        ) as error:
             raise JobError(
-                title, f"{path} cannot be read: {error}.", "Remove or replace it."
+                title, f"{path} cannot be read: {str(error).rstrip('.')}.", "Remove or replace it."
             ) from None
         if arrays and array.shape[:2] != arrays[0].shape[:2]:
             (h, w), (height, width) = array.shape[:2], arrays[0].shape[:2]

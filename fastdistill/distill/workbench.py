@@ -128,7 +128,12 @@ def check_networks(config: Config, data: Dataset) -> None:
         if path is not None:
             factories.load(made[who], path)
         if where is not None:
-            factories.check(made[who], where, few, data.source.classes)
+            trained = who != TEACHER or path is None
+            again = models.build(architecture(who, config, data), config.seed)
+            factories.check_apart(again, made[who], where)
+            factories.check(again, where, few, data.source.classes, trained)
+    if config.student is not None:
+        factories.check_apart(made["student"], made[TEACHER], config.student)
     if HINT_DISTILLED in config.students:
         hint_between(config, made["student"], made[TEACHER], few)
 

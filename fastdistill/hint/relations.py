@@ -41,8 +41,9 @@ def attention_transfer(
             code that the authors published (with beta = 1000 there).
 
     Returns:
-        A scalar, float32 (float64 if either input is). Where a student's map equals the teacher's
-        the gradient is 0, not NaN; a map of only zeros stays zeros.
+        A scalar, float32 (float64 if either input is); 0 without images or positions. Where a
+        student's map equals the teacher's the gradient is 0, not NaN; a map of only zeros stays
+        zeros. The size of the features, which the norms take out, does not overflow.
 
     Raises:
         TypeError, ValueError: the argument's name, what was expected and what came.
@@ -66,8 +67,8 @@ def attention_transfer(
     wide = _accumulation(student, teacher)
     difference = _attention_map(student.to(wide), power) - _attention_map(teacher.to(wide), power)
     if squared:
-        return difference.square().mean()
-    return torch.linalg.vector_norm(difference, dim=1).mean()
+        return difference.square().sum() / max(difference.numel(), 1)
+    return torch.linalg.vector_norm(difference, dim=1).sum() / max(len(difference), 1)
 
 
 def attention_kl(
@@ -97,8 +98,8 @@ def attention_kl(
 
     Raises:
         TypeError, ValueError: the argument's name, what was expected and what came. A row that
-            does not sum to 1 raises for tensors on the CPU; on a GPU, where looking would
-            synchronise, it makes the result NaN.
+            does not sum to 1, or has a negative entry, raises for tensors on the CPU; on a GPU,
+            where looking would synchronise, it makes the result NaN.
     """
     student = _validate.floating("student_attention", student_attention)
     teacher = _validate.floating("teacher_attention", teacher_attention).detach()
@@ -107,6 +108,8 @@ def attention_kl(
             "student_attention: expected [..., heads, queries, keys], got shape "
             f"{list(student.shape)}"
         )
+    if student.shape[-1] == 0:
+        raise ValueError("student_attention: expected at least one key, got none")
     _validate.same_shape("teacher_attention", teacher, student.shape, "that of student_attention")
     _validate.same_device("teacher_attention", teacher, student.device, "student_attention")
     kept = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
@@ -136,8 +139,14 @@ def attention_kl(
 def _spoilt(name: str, probabilities: Tensor, kept: Tensor, band: float) -> Tensor:
     """Rows that are kept and do not sum to 1; refused where that costs no synchronisation."""
     off = (probabilities.detach().sum(-1) - 1).abs()
-    spoilt = kept & (off > band)  # a NaN compares False: it stays the row's own NaN
+    negative = (probabilities < 0).any(-1)
+    spoilt = kept & ((off > band) | negative)  # a NaN compares False: it stays the row's own NaN
     if _torch_private.has_values(spoilt) and bool(spoilt.any()):
+        if bool(negative.any()):
+            raise ValueError(
+                f"{name}: expected probabilities, >= 0; {int(negative.sum())} of {int(kept.sum())} "
+                "rows have negative ones. Are they taken before the softmax?"
+            )
         worst = float(off[spoilt].max())
         raise ValueError(
             f"{name}: expected probabilities, which sum to 1 over the keys; {int(spoilt.sum())} of "
@@ -149,7 +158,12 @@ def _spoilt(name: str, probabilities: Tensor, kept: Tensor, band: float) -> Tens
 
 def _attention_map(features: Tensor, power: float) -> Tensor:
     """[N, positions], each row of norm 1."""
-    return torch.nn.functional.normalize(features.abs().pow(power).sum(1).flatten(1), dim=1)
+    x = features.flatten(2).abs()
+    if x.numel() == 0:  # no largest element; the sum still leads to the features
+        return x.sum(1)
+    largest = x.detach().amax((1, 2), keepdim=True)
+    x = x / torch.where(largest > 0, largest, 1.0)  # a power of it might overflow, or vanish
+    return torch.nn.functional.normalize(x.pow(power).sum(1), dim=1)
 
 
 def _accumulation(student: Tensor, teacher: Tensor) -> torch.dtype:
