@@ -5,6 +5,7 @@ holds, and one `Ledger` composes all stages.
 """
 
 from fastdistill.distill.private.accounting import epsilon, noise_for
+from fastdistill.distill.private.answers import Answers
 from fastdistill.distill.private.ledger import BudgetExceeded, Ledger
 from fastdistill.distill.private.mechanism import Mechanism
 from fastdistill.distill.private.provenance import (
@@ -14,8 +15,25 @@ from fastdistill.distill.private.provenance import (
     NonPrivate,
     Public,
 )
+from fastdistill.distill.private.recipes import (
+    Labels,
+    dp_student,
+    dp_teacher,
+    gradient_perturbation,
+    knowledge_perturbation,
+)
+from fastdistill.distill.private.training import DPSGD, Training, dp_train
 
 __all__ = [
+    "Answers",
+    "DPSGD",
+    "Labels",
+    "Training",
+    "dp_student",
+    "dp_teacher",
+    "dp_train",
+    "gradient_perturbation",
+    "knowledge_perturbation",
     "BudgetExceeded",
     "DPTrained",
     "DisjointShards",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,19 @@ try:
     import fcntl
 except ImportError:  # Windows has none; two processes with one journal are then not noticed
     fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Keep other processes out while the block runs; the system unlocks it after a kill.
+
+    Args:
+        path: of the lock file, which stays.
+    """
+    with open(path, "a") as lock:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 class Journal:
@@ -53,13 +66,9 @@ class Journal:
             ) from None
         return record
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Keep other processes from appending between a `read` and an `append`."""
-        with open(self.path.with_name(f".{self.path.name}.lock"), "a") as lock:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        return exclusive(self.path.with_name(f".{self.path.name}.lock"))
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a line and return when the disk has it. Call it under `locked`."""

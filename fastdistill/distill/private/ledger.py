@@ -155,6 +155,16 @@ class Ledger:
         """The keys of all debits, in order."""
         return tuple(key for _, key in self._entries)
 
+    @property
+    def durable(self) -> bool:
+        """Whether debits survive a kill."""
+        return self._journal is not None
+
+    def reload(self) -> tuple[str, ...]:
+        """Read the journal again, as another process may have spent; all keys."""
+        with self._exclusive():
+            return self.keys
+
     def spend(self, *mechanisms: Mechanism, key: str = "") -> None:
         """Debit mechanisms, durably and all or none, before their noise is drawn.
 
