@@ -3,7 +3,8 @@
 #   make distill-text   distil a bundled sentence encoder into half its layers: out/distill-text/
 #   make test           check, then every test
 #   make check          lint, types, import contracts
-#   make bench          the benchmarks, with plots: bench/results/
+#   make bench          every benchmark and docs/benchmarks.md: 15 minutes (ARGS=--quick: 2);
+#                       PEERS=1 installs the other libraries that it then compares with
 #   make gpu            the tests and benchmarks of a machine with a GPU: bench/results/gpu-*.json
 #   make triton         every Triton kernel compiled by Triton 3.6 and 3.9 too
 # PYTHON=python3 uses the interpreter at hand: nothing is installed, the kernels build in place.
@@ -25,7 +26,7 @@ endif
 .PHONY: ready distill distill-text test check bench gpu triton clean help
 
 help:
-	@sed -n '2,10s/^# *//p' Makefile
+	@sed -n '2,11s/^# *//p' Makefile
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv
@@ -62,7 +63,11 @@ check: ready
 test: check
 	$(PY) -m pytest
 
-bench: ready
+.venv/.peers: .venv/.installed
+	.venv/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[peers]"
+	touch $@
+
+bench: ready $(if $(PYTHON),,$(if $(PEERS),.venv/.peers))
 	$(PY) -m bench all $(ARGS)
 
 gpu: ready

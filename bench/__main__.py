@@ -1,70 +1,88 @@
-"""The command: `python -m bench kd`, `all`, `instructions`, `bars`, ... (--help)."""
+"""The command: `python -m bench all`, `kd`, `curves`, `compare`, `page`, ... (--help)."""
 
 import argparse
 import functools
 import importlib.util
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 
-from bench import (
-    bars,
-    cases,
-    compare,
-    instructions,
-    page,
-    plots,
-    privacy,
-    report,
-    run,
-    schema,
-)
+from bench import bars, callgrind, cases, compare, instructions, page, privacy, report, run, schema
 
 RESULTS = Path(__file__).parent / "results"
+SUITES = {op: ("main", "isa", "peers", "grid") for op in cases.OPS} | {"curves": ("curves",)}
+"""Of each command, what `all` measures; by itself, a command measures the first."""
+say = functools.partial(print, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    if options.command == "bars":
-        return _bars(options)
-    if options.command == "clip_and_noise":
-        return _clip_and_noise(options)
-    if options.command == "page":
-        return _page(options)
-    if options.command == "compare":
-        return _compare(options)
-    if options.command == "instructions":
-        return _instructions(options)
-    ops = list(cases.OPS) if options.command == "all" else [options.command]
-    status = 0
-    for op in ops:
-        settings = run.Settings(
-            op=op,
-            device=options.device,
-            shapes=options.shapes or cases.OPS[op].shapes,
-            dtypes=options.dtypes,
-            threads=options.threads,
-            allocators=[options.allocator] if options.allocator else None,
-            contenders=options.contenders,
-            quick=options.quick,
-            patience=options.patience,
-        )
-        results = run.measure(settings, functools.partial(print, flush=True))
-        if options.json or options.command == "all":
-            path = options.json or RESULTS / f"{op}-{options.device}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)  # before minutes of measuring
-            path.write_text(json.dumps(results, indent=1) + "\n")
-            print(f"written: {path}")
-        if options.command == "all":
-            target = (options.json or RESULTS / "x").parent
-            for picture in plots.draw(results, target):
-                print(f"drawn: {picture}")
-            if options.device == "cpu" and op == "kd":  # the others have no bars
-                print("\n".join(bars.lines(results)))
+    return options.run(options)
+
+
+def _measure(options: argparse.Namespace) -> int:
+    name = options.command
+    suites = options.suites or SUITES[name][:1]
+    results = run.measure(_settings(options, name, suites), say)
+    if options.json:
+        _write(results, options.json)
+    return int(report.wrong(results, "fastdistill", "triton", "cuda"))
+
+
+def _settings(options: argparse.Namespace, name: str, suites: tuple[str, ...]) -> run.Settings:
+    op = "kd" if name == "curves" else name
+    return run.Settings(
+        op=op,
+        device=options.device,
+        shapes=options.shapes or cases.OPS[op].shapes,
+        dtypes=options.dtypes or (["fp32"] if name == "curves" else ["fp32", "bf16"]),
+        threads=options.threads,
+        allocators=[options.allocator] if options.allocator else None,
+        contenders=options.contenders,
+        quick=options.quick,
+        patience=options.patience,
+        suites=suites,
+        memory_gb=options.memory_gb,
+    )
+
+
+def _all(options: argparse.Namespace) -> int:
+    """Everything, then the page; the status is whether all of ours was right."""
+    begin, status = time.perf_counter(), 0
+    folder = options.folder or RESULTS
+    for name, suites in SUITES.items():
+        results = run.measure(_settings(options, name, suites), say)
+        _write(results, folder / f"{name}-{options.device}.json")
+        if name in ("kd", "softmax", "hint") and options.device == "cpu":
+            say("\n".join(bars.lines(results)))
         status |= report.wrong(results, "fastdistill", "triton", "cuda")
+    if options.device == "cpu":
+        for name in ALONE:  # in processes of their own: they set the number of threads
+            path = folder / f"{name}-cpu.json"
+            command = [sys.executable, "-m", "bench", name, "--json", str(path)]
+            done = subprocess.run([*command, *["--quick"] * options.quick], cwd=run.ROOT)
+            status |= done.returncode != 0
+        status |= _instructions(argparse.Namespace(record=False)) == 1
+        if options.callgrind:
+            status |= _callgrind(options) == 1
+    if folder == RESULTS:
+        _page(argparse.Namespace(no_pictures=False))
+    say(f"all: {time.perf_counter() - begin:.0f} s")
     return int(status)
+
+
+ALONE = ("clip_and_noise",)
+"""Commands that measure by themselves and write their results with --json."""
+
+
+def _write(results: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    say(f"written: {path}")
 
 
 def _bars(options: argparse.Namespace) -> int:
@@ -78,12 +96,9 @@ def _bars(options: argparse.Namespace) -> int:
 
 def _clip_and_noise(options: argparse.Namespace) -> int:
     threads = options.threads or sorted({torch.get_num_threads(), 1}, reverse=True)
-    say = functools.partial(print, flush=True)
     results = privacy.measure(threads, options.dtypes, options.quick, say)
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"written: {options.json}")
+        _write(results, options.json)
     return int(privacy.wrong(results))
 
 
@@ -128,56 +143,89 @@ def _instructions(options: argparse.Namespace) -> int:
     return int(bool(found))
 
 
+def _callgrind(options: argparse.Namespace) -> int:
+    if reason := callgrind.unavailable():
+        print(f"callgrind: skipped: {reason}", file=sys.stderr)
+        return 2
+    for line in callgrind.lines():
+        say(line)
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    described = {op: f"measure {op}" for op in cases.OPS}
-    described["all"] = "measure every op; JSON and plots into bench/results/"
-    for name, text in described.items():
+
+    def add(name: str, text: str, run_it) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("--json", type=Path, metavar="F", help="write the rows there")
-        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-        command.add_argument("--threads", type=_numbers, help="such as 2,1; default: all and 1")
-        command.add_argument("--shapes", type=_shapes, help="such as 512x32000,128x10")
-        command.add_argument("--dtypes", type=_dtypes, default=["fp32", "bf16"], help="fp32,bf16")
-        command.add_argument(
-            "--allocator",
-            choices=run.ALLOCATORS,
-            help="thp: THP_MEM_ALLOC_ENABLE=1 for every contender; default: both in turn",
-        )
-        command.add_argument(
-            "--contenders", type=_names, help="only these; 'wrong' is the negative control"
-        )
-        command.add_argument(
-            "--patience",
-            type=float,
-            default=240,
-            metavar="S",
-            help="wait up to S seconds in all while other processes are at work (default: 240)",
-        )
-        command.add_argument("--quick", action="store_true", help="a glance: few repetitions")
+        command.set_defaults(run=run_it)
+        return command
+
+    for op in cases.OPS:
+        _add_choices(add(op, f"measure {op}", _measure))
+    _add_choices(add("curves", "time and memory along one size at a time", _measure))
+    text = "measure everything into bench/results/, then make the page (15 minutes; --quick: 2)"
+    command = add("all", text, _all)
+    _add_choices(command)
+    command.add_argument("--folder", type=Path, metavar="D", help="instead of bench/results/")
+    command.add_argument("--callgrind", action="store_true", help="and count under valgrind")
+
     text = "measure privacy.clip_and_noise on the CPU: its noise, and clipped sums"
-    command = commands.add_parser("clip_and_noise", help=text, description=text)
+    command = add("clip_and_noise", text, _clip_and_noise)
     command.add_argument("--json", type=Path, metavar="F", help="write the rows there")
     command.add_argument("--threads", type=_numbers, help="such as 2,1; default: all and 1")
     command.add_argument("--dtypes", type=_dtypes, default=["fp32", "bf16"], help="fp32,bf16")
     command.add_argument("--quick", action="store_true", help="a glance: few repetitions")
+
     text = "docs/benchmarks.md with its pictures, and README's figures, from bench/results/*.json"
-    command = commands.add_parser("page", help=text, description=text)
+    command = add("page", text, _page)
     command.add_argument("--no-pictures", action="store_true", help="leave the PNGs as they are")
+
     text = "what became slower, larger or wrong between two results files, beyond noise; 1 if any"
-    command = commands.add_parser("compare", help=text, description=text)
+    command = add("compare", text, _compare)
     command.add_argument("before", type=Path, metavar="A.json")
     command.add_argument("after", type=Path, metavar="B.json")
     command.add_argument(
         "--contenders", type=_names, help="judge by these; default: the library's own"
     )
     text = "instructions per element of the CPU kernels' inner loops, next to their budgets"
-    command = commands.add_parser("instructions", help=text, description=text)
+    command = add("instructions", text, _instructions)
     command.add_argument("--record", action="store_true", help="make what is found the budgets")
-    command = commands.add_parser("bars", help="the measured ratios next to the promised ones")
+    text = "instructions executed per element at the AVX2 level, counted under valgrind's callgrind"
+    add("callgrind", text, _callgrind)
+    command = add("bars", "the measured ratios next to the promised ones", _bars)
     command.add_argument("--json", type=Path, metavar="F", help="default: results/kd-cpu.json")
     return parser
+
+
+def _add_choices(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", type=Path, metavar="F", help="write the rows there")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    command.add_argument("--threads", type=_numbers, help="such as 2,1; default: all and 1")
+    command.add_argument("--shapes", type=_shapes, help="such as 512x32000,128x10")
+    command.add_argument("--dtypes", type=_dtypes, help="fp32,bf16,fp16")
+    command.add_argument(
+        "--allocator",
+        choices=run.ALLOCATORS,
+        help="thp: THP_MEM_ALLOC_ENABLE=1 for every contender; default: both in turn",
+    )
+    command.add_argument(
+        "--contenders", type=_names, help="only these; 'wrong' is the negative control"
+    )
+    command.add_argument(
+        "--suites", type=_suites, help=f"of {', '.join(run.SUITES)}; default: main"
+    )
+    command.add_argument(
+        "--memory-gb", type=float, metavar="G", help="of the largest case of the grid"
+    )
+    command.add_argument(
+        "--patience",
+        type=float,
+        default=240,
+        metavar="S",
+        help="wait up to S seconds in all while other processes are at work (default: 240)",
+    )
+    command.add_argument("--quick", action="store_true", help="a glance: few repetitions")
 
 
 def _names(text: str) -> list[str]:
@@ -190,6 +238,13 @@ def _numbers(text: str) -> list[int]:
 
 def _shapes(text: str) -> list[tuple[int, ...]]:
     return [tuple(int(n) for n in shape.split("x")) for shape in text.split(",")]
+
+
+def _suites(text: str) -> tuple[str, ...]:
+    for name in text.split(","):
+        if name not in run.SUITES:
+            raise argparse.ArgumentTypeError(f"expected {', '.join(run.SUITES)}; got {name!r}")
+    return tuple(text.split(","))
 
 
 def _dtypes(text: str) -> list[str]:

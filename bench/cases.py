@@ -10,48 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastdistill
-from fastdistill import _backend
+from bench import linear, peers
+from bench.op import (
+    DTYPES,
+    HARD_WEIGHT,
+    SOFT_WEIGHT,
+    TEMPERATURE,
+    Contender,
+    Inputs,
+    Limit,
+    Op,
+    ours,
+)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-TEMPERATURE, HARD_WEIGHT, SOFT_WEIGHT = 2.0, 0.5, 0.5
-
-
-class Inputs(NamedTuple):
-    """Leaves of one call; the gradient is taken with respect to `student` and `weights`."""
-
-    student: Tensor  # [N, V]
-    teacher: Tensor  # [N, V]
-    labels: Tensor  # [N]
-    weights: tuple[Tensor, ...] = ()
-
-    def leaves(self) -> tuple[Tensor, ...]:
-        return self.student, *self.weights
-
-    def forget(self) -> None:
-        """Let the gradients go."""
-        for leaf in self.leaves():
-            leaf.grad = None
-
-
-class Contender(NamedTuple):
-    """One way to compute the op."""
-
-    loss: Callable[[Inputs], Any]  # with .backward() and .detach()
-    truth: tuple[float, float] = (HARD_WEIGHT, SOFT_WEIGHT)  # weights of what it should compute
-    passes: int = 3  # arrays of the logits' size that any implementation has to move
-    unavailable: str | None = None
-
-
-class Op(NamedTuple):
-    """An op, as the benchmark sees it."""
-
-    name: str
-    shapes: list[tuple[int, ...]]
-    inputs: Callable[..., Inputs]
-    contenders: Callable[[str, str], dict[str, Contender]]  # (device, dtype) -> in this order
-    truth: Callable[..., Iterator[tuple[int, int, Tensor, tuple[Tensor, ...]]]]
-    limit: str = ""  # which of limits.py's; none by default
+NOISE = 1e-3
+"""Of the teacher's logits around the student's, where they are nearly alike."""
 
 
 def kd_inputs(shape: tuple[int, ...], dtype: str, device: str) -> Inputs:
@@ -65,15 +38,22 @@ def kd_inputs(shape: tuple[int, ...], dtype: str, device: str) -> Inputs:
     return Inputs(student.requires_grad_(), teacher, labels.to(device))
 
 
-def kd_fastdistill(x: Inputs) -> Tensor:
+def near(x: Inputs) -> Inputs:
+    """The same, with a teacher that is the student and a little noise."""
+    noise = torch.randn(x.student.shape, generator=torch.Generator().manual_seed(1)) * NOISE
+    teacher = x.student.detach().cpu().float() + noise
+    return x._replace(teacher=teacher.to(x.teacher.device, x.teacher.dtype))
+
+
+def kd_fastdistill(x: Inputs, hard: float = HARD_WEIGHT, soft: float = SOFT_WEIGHT) -> Tensor:
     """The public call."""
     return fastdistill.kd_loss(
         x.student,
         x.teacher,
-        x.labels,
+        x.labels if hard else None,
         temperature=TEMPERATURE,
-        hard_weight=HARD_WEIGHT,
-        soft_weight=SOFT_WEIGHT,
+        hard_weight=hard,
+        soft_weight=soft,
     )
 
 
@@ -82,45 +62,39 @@ def kd_eager(
 ) -> Tensor:
     """The loss as people write it in PyTorch."""
     log_q, p = F.log_softmax(s / TEMPERATURE, -1), F.softmax(t / TEMPERATURE, -1)
-    kl = F.kl_div(log_q, p, reduction="batchmean")
-    return hard * F.cross_entropy(s, y) + soft * TEMPERATURE**2 * kl
-
-
-def _ours(
-    op: str, device: str, dtypes: tuple[torch.dtype, ...], call: Callable[[Inputs], Any]
-) -> dict[str, Contender]:
-    """On the CPU the library's choice, on a GPU each of its compiled backends as its own column."""
-    refusals = _backend.reasons(op, _backend.Case(device, dtypes, False))
-    if device == "cpu":
-        return {"fastdistill": Contender(call, unavailable=refusals["cpu"])}
-    return {
-        name: Contender(_under(name, call), unavailable=refusals[name])
-        for name in ("triton", "cuda")
-    }
+    kl = soft * TEMPERATURE**2 * F.kl_div(log_q, p, reduction="batchmean")
+    return hard * F.cross_entropy(s, y) + kl if hard else kl
 
 
 def kd_contenders(device: str, dtype: str) -> dict[str, Contender]:
     """Ours, PyTorch's, and what it costs to have one term of the two."""
-    found = _ours("kd_loss", device, (DTYPES[dtype],) * 2, kd_fastdistill)
+    found = ours("kd_loss", device, (DTYPES[dtype],) * 2, kd_fastdistill)
     compiled = torch.compile(kd_eager, dynamic=False)
-    return {
-        **found,
-        "eager": Contender(lambda x: kd_eager(*x[:3])),
-        "compile": Contender(lambda x: compiled(*x[:3])),
+    soft_alone = {"hard": 0.0, "soft": 1.0}  # beside labels no error of the divergence shows
+    everything = {
+        **{name: c._replace(near=_with(c.loss, soft_alone)) for name, c in found.items()},
+        "eager": Contender(
+            lambda x: kd_eager(*x[:3]), near=lambda x: kd_eager(*x[:3], **soft_alone)
+        ),
+        "compile": Contender(
+            lambda x: compiled(*x[:3]),
+            near=lambda x: compiled(*x[:3], **soft_alone),
+            needs="a C++ compiler, or Triton",
+        ),
         "cross_entropy_alone": Contender(
             lambda x: F.cross_entropy(x.student, x.labels), truth=(1.0, 0.0), passes=2
         ),
         # The negative control: T^2 forgotten, the mistake that the field makes most.
         "wrong": Contender(lambda x: kd_eager(*x[:3], soft=SOFT_WEIGHT / TEMPERATURE**2)),
     }
+    everything = {
+        name: c._replace(near_truth=(0.0, 1.0)) if c.near else c for name, c in everything.items()
+    }
+    return {**everything, **peers.kd_contenders(device)}
 
 
-def _under(backend: str, call: Callable[[Inputs], Any]) -> Callable[[Inputs], Any]:
-    def loss(x: Inputs) -> Any:
-        with fastdistill.backend(backend):
-            return call(x)
-
-    return loss
+def _with(call: Callable[..., Any], settings: dict[str, float]) -> Callable[[Inputs], Any]:
+    return lambda x: call(x, **settings)
 
 
 def kd_truth(
@@ -179,12 +153,14 @@ def softmax_eager(s: Tensor, temperature: float = TEMPERATURE) -> Tensor:
 
 def softmax_contenders(device: str, dtype: str) -> dict[str, Contender]:
     """As `kd_contenders`. Five arrays move: x and y; x, the gradient of y and that of x."""
-    found = _ours("temperature_softmax", device, (DTYPES[dtype],), softmax_fastdistill)
+    found = ours("temperature_softmax", device, (DTYPES[dtype],), softmax_fastdistill)
     compiled = torch.compile(softmax_eager, dynamic=False)
     everything = {
         **found,
         "eager": Contender(lambda x: Weighted(softmax_eager(x.student), x.teacher)),
-        "compile": Contender(lambda x: Weighted(compiled(x.student), x.teacher)),
+        "compile": Contender(
+            lambda x: Weighted(compiled(x.student), x.teacher), needs="a C++ compiler, or Triton"
+        ),
         # The negative control: the temperature forgotten.
         "wrong": Contender(lambda x: Weighted(softmax_eager(x.student, 1.0), x.teacher)),
     }
@@ -231,12 +207,14 @@ def hint_eager(s: Tensor, t: Tensor, *weights: Tensor, reduction: str = "mean") 
 
 def hint_contenders(device: str, dtype: str) -> dict[str, Contender]:
     """As `kd_contenders`."""
-    found = _ours("hint_loss", device, (DTYPES[dtype],) * 2, hint_fastdistill)
+    found = ours("hint_loss", device, (DTYPES[dtype],) * 2, hint_fastdistill)
     compiled = torch.compile(hint_eager, dynamic=False)
     return {
         **found,
         "eager": Contender(lambda x: hint_eager(x.student, x.teacher, *x.weights)),
-        "compile": Contender(lambda x: compiled(x.student, x.teacher, *x.weights)),
+        "compile": Contender(
+            lambda x: compiled(x.student, x.teacher, *x.weights), needs="a C++ compiler, or Triton"
+        ),
         # The negative control: the sum over the features in place of their mean.
         "wrong": Contender(
             lambda x: (
@@ -254,6 +232,19 @@ def hint_truth(x: Inputs, *_: float) -> Iterator[tuple[int, int, Tensor, tuple[T
     yield 0, longest, loss.detach(), torch.autograd.grad(loss, leaves)
 
 
+def hint_limit(x: Inputs) -> Limit:
+    """The projection, and the gradients of the features and of the weight; or traffic."""
+    if not x.weights:
+        return Limit(arrays=3)
+    student, weight = x.student.detach(), x.weights[0].detach()
+    residual = torch.randn(x.teacher.shape, device=student.device).to(student.dtype)
+
+    def work() -> object:
+        return student @ weight.T, residual @ weight, residual.T @ student
+
+    return Limit(products=work, flops=3 * 2 * student.numel() * len(weight))
+
+
 OPS = {
     "kd": Op(
         name="kd",
@@ -261,7 +252,8 @@ OPS = {
         inputs=kd_inputs,
         contenders=kd_contenders,
         truth=kd_truth,
-        limit="traffic and exponentials",
+        limit=lambda x: Limit(arrays=3, exponentials=2),
+        near=near,
     ),
     "softmax": Op(
         name="softmax",
@@ -269,6 +261,7 @@ OPS = {
         inputs=softmax_inputs,
         contenders=softmax_contenders,
         truth=softmax_truth,
+        limit=lambda x: Limit(arrays=5, exponentials=2),
     ),
     "hint": Op(
         name="hint",
@@ -276,6 +269,7 @@ OPS = {
         inputs=hint_inputs,
         contenders=hint_contenders,
         truth=hint_truth,
-        limit="matrix products, or traffic",
+        limit=hint_limit,
     ),
+    "linear_kd": linear.OP,
 }

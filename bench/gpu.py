@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 import re
 import shutil
@@ -76,45 +75,14 @@ def sanitized() -> dict:
         del os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"]
 
 
-def add_models(rows: list[dict], device: str) -> None:
-    """Put what the roofline says of the Triton kernel beside what was measured."""
-    sys.path.append(str(ROOT / "tests" / "gpuless"))
-    import roofline
-
-    gpu = roofline.of_name(device)
-    predict = functools.cache(roofline.predict)
-    for row in rows:
-        if gpu is None:
-            row["modelled"] = {"skipped": f"no peak rates are known of {device}"}
-            continue
-        if row["pass"] != "both":  # the fused forward makes the gradient: backward has no model
-            row["modelled"] = None
-            continue
-        found = predict(row["op"], tuple(row["shape"]), row["dtype"], gpu)
-        if found is None:
-            row["modelled"] = {"skipped": f"no kernel of the table says what {row['op']} runs"}
-            continue
-        kernel, model = found
-        elements = math.prod(row["shape"])
-        row["modelled"] = {
-            "gpu": gpu.name,
-            "kernel": kernel,
-            "ms": model.seconds * elements * 1e3,
-            "bound": model.bound,
-            "least_ms": model.least * elements * 1e3,
-            "measured_over_modelled": {
-                name: ms / (model.seconds * elements * 1e3) for name, ms in row["ms"].items()
-            },
-        }
-
-
 def benchmarks(quick: bool) -> dict:
-    """All ops; the limit of each row is the copy bandwidth measured in the same rounds."""
+    """All ops and curves; the limit of each row is the copy bandwidth measured in its rounds."""
     rows, environments, seconds = [], [], 0.0
-    for op in cases.OPS.values():
+    suites = [(op, ("main", "peers", "grid")) for op in cases.OPS.values()]
+    for op, chosen in [*suites, (cases.OPS["kd"], ("curves",))]:
         settings = run.Settings(
-            op=op.name, device="cuda", shapes=op.shapes, dtypes=list(cases.DTYPES), threads=None,
-            allocators=None, contenders=None, quick=quick, patience=0.0,
+            op=op.name, device="cuda", shapes=op.shapes, dtypes=["fp32", "bf16"], threads=None,
+            allocators=None, contenders=None, quick=quick, suites=chosen,
         )  # fmt: skip
         found = run.measure(settings, functools.partial(print, flush=True))
         for row in found["rows"]:
@@ -141,8 +109,6 @@ def main(arguments: list[str] | None = None) -> int:
     }
     for name, step in steps.items():
         results[name] = step()
-        if name == "bench":
-            add_models(results["bench"]["rows"], device)
         path.write_text(json.dumps(results, indent=1) + "\n")  # what there is, also if cut short
     print(f"written: {path}")
     tools = [x for x in results["compute_sanitizer"].values() if isinstance(x, dict)]

@@ -45,13 +45,13 @@ KERNELS = {
     "privacy norm": ("privacy_square(", 4),
     "privacy sum": ("privacy_add(", 8),
     "noise philox": ("philox_group(", 8),
-    "noise chacha20": ("chacha20_group(", 8),
+    "noise chacha20": ("chacha20_group(", 0),
     "noise release": ("release_to<float>(", 8),
     "traffic": ("read_read_write(", 4),
 }
 """Name -> (how the function's name begins, L for the level; bytes of an element of its widest
-stream, 0 where a turn is a tile). The instances are those of the common call: float32, forward KL,
-T = 2, a hard term."""
+stream, 0 where a turn is a tile or a round; other loops of less than 4 elements are over rows).
+The instances are those of the common call: float32, forward KL, T = 2, a hard term."""
 
 
 # Arithmetic or moves of several elements at once.
@@ -113,7 +113,8 @@ def count(path: str | Path | None = None) -> Counts:
         plain = header.replace(f"fd::{level[1]}::", "fd::L::")
         for name, (start, size) in KERNELS.items():
             if re.match(r"(?:\w+ (?:const)?\*? ?)?fd::L::" + re.escape(start), plain):
-                loops = sorted((Loop(*x) for x in inner_loops(code, size)), key=_cost)
+                loops = [Loop(*x) for x in inner_loops(code, size)]
+                loops = sorted((x for x in loops if x.elements >= 4 or not size), key=_cost)
                 found.setdefault(level[1], {}).setdefault(name, []).extend(loops)
     return found
 
@@ -241,7 +242,7 @@ def lines(counts: Counts) -> Iterator[str]:
         texts = []
         for level in levels:
             found = counts[level].get(kernel, [])
-            wide = [f"{x.each():.2f}" for x in found if x.elements >= 4]  # not over rows
+            wide = [f"{x.each():.2f}" for x in found if x.elements]
             turns = [f"{x.instructions}/turn" for x in found if not x.elements]
             texts.append(" ".join(wide[:4] or turns[:2]) or "-")
         yield f"{kernel:26}" + "".join(f"{x:>26}" for x in texts)

@@ -1,24 +1,21 @@
 """The physical limit of an op with its gradient, measured in the same rounds.
 
-A hint with a regressor is bound by its three matrix products (the projection, the gradients of the
-features and of the weight): the limit is those three, bare. Whatever computes another fused loss
-reads two arrays and writes one gradient; of logits it takes two exponentials an element (student
-and teacher at T; the student at 1 is a power of the one at T). On the CPU the limit is the larger
-of
+What has matrix products is bound by them: the limit is those, bare. Whatever computes another fused
+loss reads its inputs and writes its gradient; of logits it takes two exponentials an element (kd:
+student and teacher at T; the student at 1 is a power of the one at T. Softmax: one a pass). On the
+CPU the limit is the larger of
   read_read_write  that traffic and nothing else, by the same vectors, into memory obtained as
                    the contender obtains it; plain or past the caches, whichever is faster
   exponentials     as many as needed, by the kernels' own loop over a block in L1
 On a GPU exponentials are not the bottleneck: the limit there is bandwidth, as the better of a
-three-operand addition and a copy.
+three-operand addition and a copy. Beside the times are the rates that they come to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from bench.cases import Inputs
+from bench.op import Inputs, Limit
 from bench.timing import CudaSteps, Step, cpu_call
 from fastdistill import _native
 
@@ -29,27 +26,15 @@ SERIAL_ELEMENTS = 16384  # below this a second thread costs more than it gives (
 PREFIX = "limit:"
 
 
-def steps(limit: str, x: Inputs, cuda: CudaSteps | None) -> dict[str, Step]:
-    """The pieces of an op's limit; none where none is known."""
-    if not limit:
-        return {}
-    if x.weights:
-        work = _products(x)
-        return {PREFIX + "products": cuda.call(work) if cuda else cpu_call(work)}
-    return cuda_steps(x, cuda) if cuda else cpu_steps(x, "exponentials" in limit)
+def steps(limit: Limit, x: Inputs, cuda: CudaSteps | None) -> dict[str, Step]:
+    """The pieces of an op's limit."""
+    if limit.products:
+        work = cuda.call(limit.products) if cuda else cpu_call(limit.products)
+        return {PREFIX + "products": work}
+    return cuda_steps(x, cuda) if cuda else cpu_steps(x, limit.exponentials)
 
 
-def _products(x: Inputs) -> Callable[[], object]:
-    student, weight = x.student.detach(), x.weights[0].detach()
-    residual = torch.randn(x.teacher.shape, device=student.device).to(student.dtype)
-
-    def work() -> object:
-        return student @ weight.T, residual @ weight, residual.T @ student
-
-    return work
-
-
-def cpu_steps(x: Inputs, exponentials: bool) -> dict[str, Step]:
+def cpu_steps(x: Inputs, exponentials: int) -> dict[str, Step]:
     """The pieces of the limit at the present number of threads; none without native kernels."""
     module = _native.cpu().module
     if module is None:
@@ -70,7 +55,7 @@ def cpu_steps(x: Inputs, exponentials: bool) -> dict[str, Step]:
         PREFIX + "read_read_write_streamed": cpu_call(lambda: copy(True)),
     }
     if exponentials:
-        wanted = 2 * elements
+        wanted = exponentials * elements
         repeats = max(wanted, LEAST_EXPONENTIALS) // EXP_BLOCK
         found[PREFIX + "exponentials"] = cpu_call(
             lambda: module.exp_loop(EXP_BLOCK, repeats, threads), wanted / (repeats * EXP_BLOCK)
@@ -88,15 +73,23 @@ def cuda_steps(x: Inputs, steps: CudaSteps) -> dict[str, Step]:
     }
 
 
-def combine(pieces: dict[str, float], device: str) -> dict[str, float] | None:
+def combine(
+    pieces: dict[str, float], device: str, limit: Limit, x: Inputs
+) -> dict[str, float] | None:
     """The limit in ms with its parts, from the medians of the pieces; None if there are none."""
     at = {name.removeprefix(PREFIX): ms for name, ms in pieces.items()}
     if not at:
         return None
     if "products" in at:
-        return {"ms": at["products"], **at}
+        return {"ms": at["products"], "gflops": limit.flops / at["products"] / 1e6, **at}
+    share = limit.arrays / 3
     if device == "cuda":
-        traffic = min(at["read_read_write"], at["copy"] * 3 / 2)
-        return {"ms": traffic, "traffic": traffic, **at}
-    traffic = min(at["read_read_write"], at["read_read_write_streamed"])
-    return {"ms": max(traffic, at.get("exponentials", 0.0)), "traffic": traffic, **at}
+        traffic = share * min(at["read_read_write"], at["copy"] * 3 / 2)
+    else:
+        traffic = share * min(at["read_read_write"], at["read_read_write_streamed"])
+    elements = x.student.numel()
+    found = {"ms": max(traffic, at.get("exponentials", 0.0)), "traffic": traffic, **at}
+    found["gb_per_s"] = limit.arrays * elements * x.student.itemsize / traffic / 1e6
+    if "exponentials" in at:
+        found["exponentials_per_ns"] = limit.exponentials * elements / at["exponentials"] / 1e6
+    return found

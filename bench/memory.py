@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bench.cases import Contender, Inputs, Op
+from bench.op import Contender, Inputs, Op
 
 STATUS = Path("/proc/self/status")
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import fastdistill
 from bench import schema
-from bench.cases import DTYPES
 from bench.environment import describe, isa
+from bench.op import DTYPES
 from bench.timing import QUIET, Step, cpu_call, in_turn, summary
 from fastdistill import _native
 
@@ -94,7 +94,7 @@ def _clip_row(shape: tuple[int, ...], dtype: str, threads: int, seconds: float) 
         "opacus_steps": opacus_steps,
     }
     want = _clip_truth(x)
-    allowed = {"fp32": 1e-4, "bf16": 1e-2}[dtype]  # Opacus sums in the samples' type
+    allowed = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-3}[dtype]  # Opacus sums in the samples' type
     errors = {
         name: float((run(x, 0.0).double() - want).norm() / want.norm())
         for name, run in contenders.items()

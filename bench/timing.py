@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import torch
 
-from bench.cases import Contender, Inputs
 from bench.environment import Others
+from bench.op import Contender, Inputs
 
 PASSES = ("forward", "backward", "both")
+REPLAY = "replay"  # of both, as one CUDA graph
 
 Sample = dict[str, float]  # pass -> seconds
 Step = Callable[[], Sample]
@@ -75,6 +76,26 @@ class CudaSteps:
             }
 
         return step
+
+    def replay(self, contender: Contender, x: Inputs) -> Step:
+        """Forward and backward captured as one graph, without Python and launches one by one.
+
+        Raises RuntimeError where the contender can't be captured, such as for a synchronisation.
+        """
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # what is made at first calls is made outside the capture
+                x.forget()
+                contender.loss(x).backward()
+        torch.cuda.current_stream().wait_stream(side)
+        x.forget()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            contender.loss(x).backward()
+        x.forget()
+        one = self.call(graph.replay)
+        return lambda: {REPLAY: one()["both"]}
 
     def call(self, work: Callable[[], object]) -> Step:
         """Time of one piece of work."""
