@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdistill import _validate
+
 
 def check_values(
     labels: Tensor | None,
@@ -17,10 +19,14 @@ def check_values(
     normalizer: Tensor | None,
     classes: int,
     ignore_index: int,
+    dtype: torch.dtype,
 ) -> None:
-    """Refuse out-of-range labels and bad weights. Reads values: only for tensors on the CPU."""
+    """Refuse out-of-range labels, and weights that are bad or that `dtype` cannot hold.
+
+    Reads values: only for tensors on the CPU.
+    """
     if row_weight is not None:
-        bad = ~((row_weight >= 0) & row_weight.isfinite())
+        bad = ~((row_weight >= 0) & row_weight.to(dtype).isfinite())
         if bool(bad.any()):
             raise ValueError(bad_weight(float(row_weight[bad][0])))
     if labels is not None:
@@ -32,9 +38,7 @@ def check_values(
         if bool(bad.any()):
             raise ValueError(bad_label(int(labels[bad][0]), classes, ignore_index))
     if normalizer is not None:
-        value = float(normalizer)
-        if not 0 < value < float("inf"):
-            raise ValueError(bad_normalizer(value))
+        read_normalizer(normalizer)
 
 
 def bad_label(value: int, classes: int, ignore_index: int) -> str:
@@ -46,27 +50,36 @@ def bad_label(value: int, classes: int, ignore_index: int) -> str:
 
 def bad_weight(value: float) -> str:
     """The sentence for a row weight that is negative or not finite."""
-    return f"row_weight: expected finite values >= 0, got {value}"
+    return f"row_weight: expected finite values >= 0, got {value} (in the type of the loss)"
 
 
-def bad_normalizer(value: float) -> str:
-    """The sentence for a normalizer that is not a finite number > 0."""
-    return f"normalizer: expected a finite number > 0, got {value}"
+def read_normalizer(normalizer: Tensor) -> float:
+    """Its value; refused if it is no number to divide by. Only for tensors on the CPU."""
+    value = float(normalizer)
+    if not 0 < value < float("inf"):
+        raise ValueError(f"normalizer: expected a finite number > 0, got {value}")
+    return _validate.factor("normalizer", value)
 
 
 def check_temperature(temperature: Tensor) -> None:
     """Refuse what is not finite and > 0. Reads values: only for tensors on the CPU."""
-    bad = ~((temperature > 0) & temperature.isfinite())
+    bad = ~_usable(temperature)
     if bool(bad.any()):
         raise ValueError(
-            f"temperature: expected finite values > 0, got {float(temperature[bad][0])}"
+            f"temperature: expected finite values > 0, got {float(temperature[bad][0])} (and from "
+            f"{_validate.SMALLEST} to {_validate.LARGEST})"
         )
 
 
 def valid_temperature(temperature: Tensor) -> Tensor:
     """NaN in place of what `check_temperature` would refuse: no synchronisation, a NaN row."""
-    valid = (temperature > 0) & (temperature < float("inf"))
-    return torch.where(valid, temperature, float("nan"))
+    return torch.where(_usable(temperature), temperature, float("nan"))
+
+
+def _usable(temperature: Tensor) -> Tensor:
+    """The ends of the range are 0 and infinity in float16."""
+    inside = (temperature >= _validate.SMALLEST) & (temperature <= _validate.LARGEST)
+    return inside & (temperature > 0) & (temperature < float("inf"))
 
 
 def row_scale(

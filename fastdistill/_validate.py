@@ -12,6 +12,10 @@ from numbers import Real
 import torch
 
 _INFINITY = float("inf")
+SMALLEST, LARGEST = 1e-36, 1e36
+"""Of numbers that multiply, divide or are divided by in float32: beyond, some backends would give
+infinite or NaN results where others do not.
+"""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -65,6 +69,24 @@ def positive(name: str, value: object) -> float:
     x = number(name, value)
     if x <= 0:
         raise ValueError(f"{name}: expected a number > 0, got {x}")
+    return x
+
+
+def factor(name: str, value: object) -> float:
+    """A Python number that multiplies or divides in float32: 0, or of a size well inside it."""
+    x = number(name, value)
+    if x != 0 and not SMALLEST <= abs(x) <= LARGEST:
+        raise ValueError(f"{name}: expected 0 or a size from {SMALLEST} to {LARGEST}, got {x}")
+    return x
+
+
+def temperature(value: object, squared: bool = False) -> float:
+    """A Python number > 0 by which float32 can divide, or that it can hold `squared`."""
+    x = positive("temperature", value)
+    low, high = (SMALLEST**0.5, LARGEST**0.5) if squared else (SMALLEST, LARGEST)
+    if not low <= x <= high:
+        why = " (it is squared: scale_t2)" if squared else ""
+        raise ValueError(f"temperature: expected a number from {low:g} to {high:g}{why}, got {x}")
     return x
 
 
@@ -139,7 +161,7 @@ def normalizer(value: object, reduction: str) -> tuple[float, torch.Tensor | Non
             f'normalizer: expected reduction="mean" with it, got reduction={reduction!r}'
         )
     if not isinstance(value, torch.Tensor):
-        return positive("normalizer", value), None
+        return factor("normalizer", positive("normalizer", value)), None
     if value.ndim != 0 or value.dtype.is_complex or value.dtype is torch.bool:
         raise TypeError(
             "normalizer: expected a number or a scalar tensor, got shape "

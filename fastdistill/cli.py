@@ -1,6 +1,6 @@
 """The `fastdistill` command.
 
-Nothing heavy is imported before the arguments are understood, so `--help` answers at once.
+Nothing but torch, which comes with the package, is imported before the arguments are understood.
 """
 
 from __future__ import annotations

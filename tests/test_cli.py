@@ -81,6 +81,13 @@ def test_empty_file_means_defaults(tmp_path):
     assert read_file(str(yaml(tmp_path / "job.yaml", "# nothing\n"))) == {}
 
 
+def test_a_key_given_twice_is_refused(capsys, tmp_path):
+    """YAML itself would take the last one and say nothing."""
+    file = yaml(tmp_path / "job.yaml", "epochs: 9\nseed: 4\n'epochs': 10\n")
+    words = ["epochs: given in line 1 and again in line 3.", "Keep one of them."]
+    fails(capsys, "distill", "--config", file, words=words)
+
+
 def test_unknown_keys_are_refused_with_the_near_ones(capsys, tmp_path):
     file = yaml(tmp_path / "job.yaml", "temprature: 4\nseedz: 3\nzzz: 1\n")
     fails(

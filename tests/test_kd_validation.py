@@ -114,3 +114,36 @@ def test_module_passes_everything_on(backend):
         fd.nn.KDLoss(alpha=0.5)
     with pytest.raises(ValueError, match="temperature"):
         fd.nn.KDLoss(temperature=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"temperature": 1e19}, r"temperature: expected .* 1e-18 to 1e\+18 \(it is squared"),
+        ({"temperature": 1e-19}, r"temperature: expected .* 1e-18 to 1e\+18 \(it is squared"),
+        ({"temperature": 1e155, "scale_t2": False}, r"temperature: expected .* 1e-36 to 1e\+36, "),
+        ({"temperature": 1e-45, "scale_t2": False}, r"temperature: expected .* 1e-36 to 1e\+36, "),
+        ({"soft_weight": 1e39}, "soft_weight: expected 0 or a size from 1e-36"),
+        ({"soft_weight": -1e-40}, "soft_weight: expected 0 or a size from 1e-36"),
+        ({"hard_weight": 1e300, "labels": [0, 1]}, "hard_weight: expected 0 or a size from 1e-36"),
+        ({"normalizer": 1e-50}, "normalizer: expected 0 or a size from 1e-36"),
+        ({"normalizer": torch.tensor(1e-50, dtype=torch.float64)}, "normalizer: expected 0 or a"),
+        (
+            {"row_weight": torch.tensor([1.0, 1e39], dtype=torch.float64)},
+            "row_weight: .*in the type of the loss",
+        ),
+    ],
+)
+def test_kd_numbers_that_float32_cannot_hold(host_backend, settings, words):
+    """Some backends compute in float64, others do not: none is let guess."""
+    if "labels" in settings:
+        settings = settings | {"labels": torch.tensor(settings["labels"])}
+    with pytest.raises(ValueError, match=words):
+        fd.kd_loss(torch.zeros(2, 3), torch.ones(2, 3), **settings)
+
+
+def test_kd_float64_holds_larger_row_weights(host_backend):
+    wide = torch.tensor([1.0, 1e39], dtype=torch.float64)
+    s, t = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3)
+    loss = fd.kd_loss(s, t, row_weight=wide)
+    torch.testing.assert_close(loss, fd.kd_loss(s[1], t[1]))

@@ -65,3 +65,13 @@ def test_softmax_explicit_backends_that_cannot_run_say_why():
             function(X)
         assert f"{function.__name__}: backend {name!r} cannot run" in str(caught.value)
         assert "these can: " in str(caught.value)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-300, 1e37, 1e300])
+def test_softmax_temperatures_that_float32_cannot_divide_by(host_backend, temperature):
+    x = torch.randn(3, 4)
+    with pytest.raises(ValueError, match=r"temperature: expected a number from 1e-36 to 1e\+36"):
+        fd.temperature_softmax(x, temperature)
+    of_rows = torch.full((3,), temperature, dtype=torch.float64)
+    with pytest.raises(ValueError, match="temperature: expected finite values > 0.* 1e-36 to 1e"):
+        fd.temperature_log_softmax(x, of_rows)

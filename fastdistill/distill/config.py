@@ -126,24 +126,45 @@ class Config(Settings):
     }
 
 
+def _repeated(node: Any) -> list[tuple[str, int, int]]:
+    """(key, first line, next line) of what a YAML mapping says twice; YAML would take the last."""
+    found = []
+    lines: dict[str, int] = {}
+    pairs = node.value if node is not None and node.id == "mapping" else []
+    for key, _ in pairs:
+        line = key.start_mark.line + 1
+        if str(key.value) in lines:
+            found.append((str(key.value), lines[str(key.value)], line))
+        lines[str(key.value)] = line
+    return found
+
+
 def read_file(path: str, kind: type[Settings] = Config) -> dict[str, Any]:
     """The settings in a YAML file. Keys are checked here, values by `kind`.
 
     Raises:
-        JobError: the file cannot be read, is not a mapping, or has an unknown key; the message
-            names the close ones.
+        JobError: the file cannot be read, is not a mapping, has a key twice, or an unknown one; the
+            message names the close ones.
     """
     extras.require("--config", "yaml")
     import yaml
 
     title = f"The configuration file {path} cannot be used."
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        repeated = _repeated(yaml.compose(text, Loader=yaml.SafeLoader))
+        values = yaml.safe_load(text)
     except OSError as error:
         raise JobError(title, f"{error.strerror or error}.", "Check --config.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         cause = " ".join(str(error).split())
         raise JobError(title, f"It is not valid YAML: {cause}.", "Correct the file.") from None
+    if repeated:
+        raise JobError(
+            title,
+            "\n".join(f"{key}: given in line {a} and again in line {b}." for key, a, b in repeated),
+            "Keep one of them.",
+        )
     if values is None:  # an empty file: all defaults
         return {}
     if not isinstance(values, dict):

@@ -133,7 +133,9 @@ def hint_loss(
             `nn.functional.linear` has them cast.
         proj_bias: b [D_t].
         distance: "mse", "l1", "smooth_l1" (beta 1): the mean over the features; "cosine": 1 - cos
-            (eps 1e-8, as in `nn.functional.cosine_similarity`).
+            (eps 1e-8, as in `nn.functional.cosine_similarity`; so a row of zeros, which has no
+            direction, has cosine 0 and a gradient of the size 1 / eps, more than float16 can
+            hold: such rows are for the mask).
         mask: bool [...]; True keeps the row.
         row_weight: floating [...], >= 0; gets no gradient; 0 drops the row.
         feature_norm: "layer_norm" (no affine, eps 1e-5) or "l2" (eps 1e-12, as in

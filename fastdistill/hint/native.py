@@ -264,7 +264,8 @@ def hint_fwd(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op `fastdistill::hint_fwd` on the CPU; raises ValueError for bad values in tensors."""
-    _rows.check_values(None, mask, row_weight, normalizer, 0, 0)
+    dtype = ops.arithmetic(student, teacher)
+    _rows.check_values(None, mask, row_weight, normalizer, 0, 0, dtype)
     needs = (need_student, need_weight, need_bias)
     outputs = ops.allocate(student, teacher, weight, reduction, *needs)
     loss, *gradients, grad_scale = outputs

@@ -34,10 +34,10 @@ def hint_loss(
     divisor: float,
 ) -> Tensor:
     """The loss of features [..., D_s] and [..., D_t]; the arguments of `fastdistill::hint_fwd`."""
-    if _torch_private.has_values(student):
-        _rows.check_values(None, mask, row_weight, normalizer, 0, 0)
     double = torch.float64 in (student.dtype, teacher.dtype)
     dtype = torch.float64 if double else torch.float32
+    if _torch_private.has_values(student):
+        _rows.check_values(None, mask, row_weight, normalizer, 0, 0, dtype)
     scale = _rows.row_scale(
         student, None, mask, row_weight, normalizer, 0, reduction, divisor, dtype
     )

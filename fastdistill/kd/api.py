@@ -93,12 +93,14 @@ def kd_loss(
             whose label is `ignore_index` contributes to neither term, also at `hard_weight` 0: a
             batch that is labelled only in part takes two calls (soft on all rows without labels;
             hard on the labelled rows with `soft_weight=0`).
-        temperature: T > 0: a number, or a floating tensor with one temperature for each row, [...],
-            which gets a gradient where it requires one, that of T^2 included (learned and adaptive
-            temperatures). Nothing is broadcast: one learned scalar for all rows is
-            `scalar.expand(...)`. Of a dropped row it is not looked at. A tensor is computed by the
-            reference backend; the compiled ones refuse it so far.
-        hard_weight: weight of the cross-entropy with the labels (at temperature 1).
+        temperature: T > 0: a number (from 1e-18 to 1e18; from 1e-36 to 1e36 without `scale_t2`),
+            or a floating tensor with one temperature for each row, [...], which gets a gradient
+            where it requires one, that of T^2 included (learned and adaptive temperatures).
+            Nothing is broadcast: one learned scalar for all rows is `scalar.expand(...)`. Of a
+            dropped row it is not looked at. A tensor is computed by the reference backend; the
+            compiled ones refuse it so far.
+        hard_weight: weight of the cross-entropy with the labels (at temperature 1): 0, or of a
+            size from 1e-36 to 1e36, as `soft_weight` and `normalizer`.
         soft_weight: weight of the divergence between teacher and student. A term of weight 0 is
             not computed.
         divergence: "forward_kl" KL(p_t || p_s), "reverse_kl" KL(p_s || p_t), or "cross_entropy"
@@ -215,9 +217,9 @@ def check_settings(
     _validate.integer("ignore_index", ignore_index)
     _validate.choice("reduction", reduction, REDUCTIONS)
     return (
-        _validate.positive("temperature", temperature),
-        _validate.number("hard_weight", hard_weight),
-        _validate.number("soft_weight", soft_weight),
+        _validate.temperature(temperature, squared=scale_t2),
+        _validate.factor("hard_weight", hard_weight),
+        _validate.factor("soft_weight", soft_weight),
         _validate.fraction("label_smoothing", label_smoothing),
     )
 

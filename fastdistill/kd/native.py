@@ -37,9 +37,7 @@ def kd_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op `fastdistill::kd_fwd` on the CPU; raises ValueError for bad values in tensors."""
     if normalizer is not None:
-        divisor = float(normalizer)
-        if not 0 < divisor < float("inf"):
-            raise ValueError(_rows.bad_normalizer(divisor))
+        divisor = _rows.read_normalizer(normalizer)
     outputs = ops.allocate(student, teacher, reduction, need_grad)
     loss, hard, soft, grad, grad_scale = outputs
     cols = student.shape[-1]
@@ -49,7 +47,8 @@ def kd_fwd(
     # Held here until the call is over: the kernel sees addresses only.
     labels = None if labels is None else labels.contiguous()
     mask = None if mask is None else mask.contiguous()
-    row_weight = None if row_weight is None else row_weight.to(torch.float64).contiguous()
+    if row_weight is not None:  # what float32 cannot hold is infinite, and refused
+        row_weight = row_weight.to(loss.dtype).to(torch.float64).contiguous()
     error, value = _module().kd_fwd(
         student.data_ptr(),
         _TYPES[student.dtype],

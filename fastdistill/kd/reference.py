@@ -43,11 +43,13 @@ def kd_loss(
     """(loss, hard, soft) of logits [..., V]; the arguments of the op `fastdistill::kd_fwd`, and
     `row_temperature` [...], which takes the place of the number.
     """
-    readable = _torch_private.has_values(student)
-    if readable:
-        _rows.check_values(labels, mask, row_weight, normalizer, student.shape[-1], ignore_index)
     double = torch.float64 in (student.dtype, teacher.dtype)
     dtype = torch.float64 if double else torch.float32
+    readable = _torch_private.has_values(student)
+    if readable:
+        _rows.check_values(
+            labels, mask, row_weight, normalizer, student.shape[-1], ignore_index, dtype
+        )
     scale = _rows.row_scale(
         student, labels, mask, row_weight, normalizer, ignore_index, reduction, divisor, dtype
     )

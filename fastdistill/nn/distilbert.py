@@ -61,10 +61,10 @@ class DistilBertLoss(nn.Module):
         return_parts: bool = False,
     ) -> None:
         super().__init__()
-        self.temperature = _validate.positive("temperature", temperature)
-        self.soft_weight = _validate.number("soft_weight", soft_weight)
-        self.task_weight = _validate.number("task_weight", task_weight)
-        self.cosine_weight = _validate.number("cosine_weight", cosine_weight)
+        self.temperature = _validate.temperature(temperature, squared=True)
+        self.soft_weight = _validate.factor("soft_weight", soft_weight)
+        self.task_weight = _validate.factor("task_weight", task_weight)
+        self.cosine_weight = _validate.factor("cosine_weight", cosine_weight)
         self.restrict_to_labels = _validate.boolean("restrict_to_labels", restrict_to_labels)
         self.ignore_index = _validate.integer("ignore_index", ignore_index)
         self.return_parts = _validate.boolean("return_parts", return_parts)

@@ -117,10 +117,10 @@ def temperature_softmax(x: Tensor, temperature: float | Tensor = 1.0, dim: int =
     Args:
         x: logits [..., V], classes on `dim`; float32, bfloat16, float16 or float64. Rows may be
             strided; where the classes are not dense in memory, x is copied.
-        temperature: T > 0: a number, or a floating tensor with one temperature for each row, [...]
-            (x's shape without `dim`), which gets a gradient where it requires one: temperatures
-            that are learned, or adapted to each sample. Nothing is broadcast: one learned scalar
-            for all rows is `scalar.expand(...)`.
+        temperature: T > 0, from 1e-36 to 1e36: a number, or a floating tensor with one temperature
+            for each row, [...] (x's shape without `dim`), which gets a gradient where it requires
+            one: temperatures that are learned, or adapted to each sample. Nothing is broadcast: one
+            learned scalar for all rows is `scalar.expand(...)`.
         dim: the dimension of the classes.
 
     Returns:
@@ -165,7 +165,7 @@ def _tempered(x: Tensor, temperature: float | Tensor, dim: int, log: bool) -> Te
         rows_of_t = _validate.floating("temperature", temperature)
         _validate.per_row("temperature", rows_of_t, x.shape[:-1], x.device, ROWS_OF)
     else:
-        scalar = _validate.positive("temperature", temperature)
+        scalar = _validate.temperature(temperature)
 
     case = _backend.Case(x.device.type, (x.dtype,), _torch_private.transforms_active())
     backend = _backend.choose(OPS[log], case)
