@@ -1,13 +1,18 @@
-"""kd_loss on a GPU: both kernels against the oracle in float64. Skipped where there is none."""
+"""On a GPU: both kernels of kd_loss against float64, of clip_and_noise against the oracle's bits.
+
+Skipped where there is none.
+"""
 
 import itertools
 
+import privacy_checks
 import pytest
 import torch
 from budget import assert_within
 from test_kd_values import BF16, DIVERGENCES, F16, F32, logits, run
 
 import fastdistill as fd
+from fastdistill.privacy import mechanism, reference, source
 
 pytestmark = pytest.mark.gpu
 KERNELS = ["triton", "cuda"]
@@ -97,6 +102,60 @@ def test_kd_sanitized(backend, dtype):
         check(backend, s, t, torch.randint(classes, (3,)).cuda(), temperature=2.0)
 
 
+def check_privacy(backend, dtype, batch, sizes, device="cuda"):
+    """All bits of the noise and of the sums on their grid are those of the reference on the CPU.
+
+    A norm is a sum in another order: its last bit may move a contribution by one grid in 2^31.
+    """
+    samples = [torch.randn(batch, n).mul(3 / n**0.5).to(dtype) for n in sizes]
+    if batch > 2:
+        samples[0][1, 0] = float("nan")
+    for bits in (privacy_checks.philox(5), privacy_checks.chacha20(1 << 40), source.silent()):
+        sigma = 0.0 if bits.kind == source.NONE else 2.0
+        planned = mechanism.plan(1.0, sigma, 3.0, sum(sizes), dtype is not torch.float64)
+        want = reference.clip_and_noise(samples, planned, bits)
+        got = torch.ops.fastdistill.clip_and_noise(
+            [x.to(device) for x in samples], *planned, *bits, backend
+        )
+        for a, b in zip(got, want, strict=True):
+            if sigma:
+                assert int((a.cpu() != b).sum()) <= 1
+            else:
+                torch.testing.assert_close(a.cpu(), b, rtol=3e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, torch.float64])
+def test_privacy_has_the_reference_s_bits(backend, dtype):
+    for batch in (0, 1, 7, 64):
+        check_privacy(backend, dtype, batch, (5, 4099, 1 << 16))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_privacy_sanitized(backend, dtype):
+    """Small, for compute-sanitizer: both kernels, aligned and not, each generator."""
+    check_privacy(backend, dtype, 5, (5, 2056, 1031))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_privacy_never_synchronises_and_refuses_a_graph(backend):
+    x = torch.randn(8, 5000, device="cuda")
+
+    def release():
+        with fd.backend(backend):
+            return fd.privacy.clip_and_noise([x], 1.0, 1.0, expected_batch_size=8)[0]
+
+    release()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        release()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with pytest.raises(RuntimeError, match="replayed"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        release()
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second device")
 @pytest.mark.parametrize("backend", KERNELS)
 def test_kd_on_the_second_device(backend):
@@ -104,3 +163,4 @@ def test_kd_on_the_second_device(backend):
     assert torch.cuda.current_device() == 0
     s, t = logits((4, 300)).to("cuda:1"), logits((4, 300)).to("cuda:1")
     check(backend, s, t, torch.randint(300, (4,)).to("cuda:1"))
+    check_privacy(backend, F32, 4, (300,), "cuda:1")

@@ -103,10 +103,10 @@ def test_privacy_same_bits_for_any_number_of_threads(cpu, sigma):
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16])
-def test_privacy_backends_agree(cpu, dtype):
+def test_privacy_backends_agree(backend, dtype):
     """To the bit with noise, unless a sum lies within 1e-15 of a half on the grid."""
     samples = gradients((20, 3000), (20, 77), dtype=dtype)
-    one = of_backend("cpu").release(samples, 1.0, 1.0, 20.0)
+    one = of_backend(backend).release(samples, 1.0, 1.0, 20.0)
     two = of_backend("reference").release(samples, 1.0, 1.0, 20.0)
     assert sum(int((a != b).sum()) for a, b in zip(one, two, strict=True)) <= 1
 

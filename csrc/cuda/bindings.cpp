@@ -23,4 +23,5 @@ PYBIND11_MODULE(_cuda, m) {
   fd::bind_kd(m);
   fd::bind_softmax(m);
   fd::bind_hint(m);
+  fd::bind_privacy(m);
 }

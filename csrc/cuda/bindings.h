@@ -17,5 +17,6 @@ void check(const char* what, int status);  // throws unless `status` is cudaSucc
 void bind_kd(pybind11::module_& m);
 void bind_softmax(pybind11::module_& m);
 void bind_hint(pybind11::module_& m);
+void bind_privacy(pybind11::module_& m);
 
 }  // namespace fd

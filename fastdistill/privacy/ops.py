@@ -14,7 +14,13 @@ from torch import Tensor
 
 from fastdistill._backend import Launchers
 
-launcher = Launchers({"cpu": "fastdistill.privacy.native"})
+launcher = Launchers(
+    {
+        "cpu": "fastdistill.privacy.native",
+        "cuda": "fastdistill.privacy.native_cuda",
+        "triton": "fastdistill.privacy.triton",
+    }
+)
 _library = torch.library.Library("fastdistill", "FRAGMENT")
 _RELEASE = (  # a Mechanism, a Source
     "float clip, float unit, float fine, float grid, float scale, float inverse, int kind,"

@@ -23,7 +23,7 @@ from torch import Tensor
 NONE, PHILOX, CHACHA20 = 0, 1, 2
 
 GRADIENT_NOISE, ANSWER_NOISE, ROW_GRADIENT_NOISE = 1, 2, 3
-"""Purposes, one for each op: with equal keys and streams their counters still differ."""
+"""Purposes: with equal keys and streams their counters still differ."""
 
 MOST_PARAMETERS = 1 << 16
 _STEP_BITS = 39

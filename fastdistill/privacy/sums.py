@@ -36,4 +36,4 @@ def add_noise_(sums: Sequence[Tensor], mechanism: Mechanism, bits: Source) -> No
             ops.add_noise_(list(sums), m.grid, m.scale, m.inverse, *bits, backend)
 
 
-release.register(OP)
+release.register(OP, gpu=True)

@@ -55,6 +55,7 @@ class TritonKernel(NamedTuple):
     architecture: str  # the name in `module` that tells a launcher its target, for a patch
     faults: tuple[Config, ...]  # configurations on which faults are looked for
     harmless: Mapping[str, str] = {}  # a fault that changes nothing -> why
+    uniform: frozenset[tuple[str, int]] = frozenset()  # accesses in loops that all threads share
     sanitized: tuple[Config, ...] = ()  # configurations that triton-viz's sanitizer can follow,
     not_sanitized: str = ""  # or why it cannot
     measured: Callable[[tuple[int, ...], str], Config] | None = None  # (shape, dtype) of `bench`
@@ -77,3 +78,4 @@ class CudaKernel(NamedTuple):
     probe: str  # the file in cuemu/
     headers: tuple[str, ...]  # files of csrc/cuda that faults are put into
     harmless: Mapping[str, str] = {}
+    wide: tuple[str, ...] = ("load", "store")  # what it does 16 bytes at a time

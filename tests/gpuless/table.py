@@ -9,6 +9,7 @@ from pathlib import Path
 
 import room_hint
 import room_kd
+import room_privacy
 import room_softmax
 from entries import CudaKernel, TritonKernel
 
@@ -16,6 +17,7 @@ TABLE: tuple[TritonKernel | CudaKernel, ...] = (
     *room_kd.KERNELS,
     *room_softmax.KERNELS,
     *room_hint.KERNELS,
+    *room_privacy.KERNELS,
 )
 TRITON = tuple(k for k in TABLE if isinstance(k, TritonKernel))
 CUDA = tuple(k for k in TABLE if isinstance(k, CudaKernel))

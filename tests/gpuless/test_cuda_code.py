@@ -22,7 +22,7 @@ def test_within_budget(architecture: str, tmp_path: Path) -> None:
             seen.add(name.split("<")[0])
             now = static.figures(code)
             assert not code.spills and not code.stack, (name, now)
-            for kind in ("load", "store"):
+            for kind in next(k.wide for k in table.CUDA if k.name == name.split("<")[0]):
                 assert code.everything.accesses[kind, 16], f"{name}: no {kind} of 16 bytes"
             if budget is not None:
                 before = budget.get(architecture, {}).get(name)

@@ -66,7 +66,7 @@ def test_headlines_move_what_they_must_and_wide(
     assert cost.wide_load == pytest.approx(passes * least.load)
     assert cost.wide_store == pytest.approx(least.store)
     narrow = {access for loop in code.loops for access in loop.accesses if access[1] < 16}
-    assert not narrow, f"in a loop: {narrow}"
+    assert not narrow - job.kernel.uniform, f"in a loop: {narrow}"
 
 
 @pytest.mark.parametrize("kernel", table.TRITON, ids=lambda k: k.name)

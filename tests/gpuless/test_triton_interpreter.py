@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 FILES = ["triton_checked.py", "triton_interpreted.py"]
 FILES += ["triton_softmax_interpreted.py", "hint_triton_interpreted.py"]
+FILES += ["triton_privacy_interpreted.py"]
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -1,0 +1,65 @@
+"""Launchers of the CUDA C++ kernels (csrc/cuda): pointers, strides and the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistill._native import launch_cuda as _launch
+from fastdistill.privacy import gpu
+
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_CHUNK = 8192  # elements of a partial sum: four rounds of a block's 256 threads
+
+
+def _samples(x: Tensor) -> dict[str, int]:
+    return {
+        "x": x.data_ptr(),
+        "type": _TYPES[x.dtype],
+        "count": x.shape[0],
+        "size": x.shape[1],
+        "step": x.stride(0),
+    }
+
+
+def _square(x: Tensor, unit: float, squares: Tensor, first: int, chunks: int, out: Tensor) -> None:
+    _launch(
+        "privacy_square",
+        x.device,
+        **_samples(x),
+        unit=unit,
+        chunk=_CHUNK,
+        squares=squares.data_ptr(),
+        square_step=squares.shape[1],
+        first=first,
+    )
+
+
+def _release(x: Tensor, factors: Tensor, out: Tensor, numbers: gpu.Numbers) -> None:
+    _launch(
+        "privacy_release",
+        x.device,
+        **_samples(x),
+        factors=factors.data_ptr(),
+        out=out.data_ptr(),
+        generator=numbers.kind,
+        key=numbers.key,
+        counter=numbers.counter,
+        fine=numbers.fine,
+        grid=numbers.grid,
+        scale=numbers.scale,
+        inverse=numbers.inverse,
+    )
+
+
+def clip_and_noise(grad_samples: Sequence[Tensor], *release: Any) -> list[Tensor]:
+    """The op `fastdistill::clip_and_noise`."""
+    return gpu.clip_and_noise(gpu.Kernels(_CHUNK, _square, _release), grad_samples, *release)
+
+
+def add_noise_(sums: Sequence[Tensor], *release: Any) -> None:
+    """The op `fastdistill::add_noise_`."""
+    gpu.add_noise_(gpu.Kernels(_CHUNK, _square, _release), sums, *release)

@@ -1,0 +1,284 @@
+"""Triton kernels of private releases and their launcher.
+
+Two kernels for each tensor: partial squares of the samples' norms, then the clipped sum with its
+noise. Every value of the noise is the sequence of operations that reference.py specifies, without
+contraction (`enable_fp_fusion=False`), so its bits are the same.
+
+A row is read in vectors of VEC elements, 16 bytes, where all rows begin on such boundaries and end
+there; element by element elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.random import philox_impl
+
+from fastdistill._triton import architecture, first_vector, vectors
+from fastdistill.privacy import gpu, reference
+from fastdistill.privacy.source import CHACHA20, PHILOX
+
+_LOG, _COS = tl.constexpr(reference.LOG), tl.constexpr(reference.COS)
+_SIN = tl.constexpr(reference.SIN)
+_LN2 = tl.constexpr(0.693147180559945309417)
+_PHILOX, _CHACHA20 = tl.constexpr(PHILOX), tl.constexpr(CHACHA20)
+
+
+# ----------------------------------------------------------------------------------------------
+# Random words.
+
+
+@triton.jit
+def _rotate(x, LEFT: tl.constexpr):
+    return (x << LEFT) | (x >> (32 - LEFT))
+
+
+@triton.jit
+def _quarter(a, b, c, d):
+    a += b
+    d = _rotate(d ^ a, 16)
+    c += d
+    b = _rotate(b ^ c, 12)
+    a += b
+    d = _rotate(d ^ a, 8)
+    c += d
+    b = _rotate(b ^ c, 7)
+    return a, b, c, d
+
+
+@triton.jit
+def chacha20(k0, k1, k2, k3, k4, k5, k6, k7, c0, c1, c2, c3):
+    """The block function (RFC 8439, 2.3) of tiles of counters: 16 tiles of words."""
+    zero = c0 & 0
+    x0, x1 = zero + 0x61707865, zero + 0x3320646E
+    x2, x3 = zero + 0x79622D32, zero + 0x6B206574
+    x4, x5, x6, x7 = zero + k0, zero + k1, zero + k2, zero + k3
+    x8, x9, x10, x11 = zero + k4, zero + k5, zero + k6, zero + k7
+    x12, x13, x14, x15 = c0, c1, c2, c3
+    for _ in tl.static_range(10):
+        x0, x4, x8, x12 = _quarter(x0, x4, x8, x12)
+        x1, x5, x9, x13 = _quarter(x1, x5, x9, x13)
+        x2, x6, x10, x14 = _quarter(x2, x6, x10, x14)
+        x3, x7, x11, x15 = _quarter(x3, x7, x11, x15)
+        x0, x5, x10, x15 = _quarter(x0, x5, x10, x15)
+        x1, x6, x11, x12 = _quarter(x1, x6, x11, x12)
+        x2, x7, x8, x13 = _quarter(x2, x7, x8, x13)
+        x3, x4, x9, x14 = _quarter(x3, x4, x9, x14)
+    x0, x1, x2, x3 = x0 + 0x61707865, x1 + 0x3320646E, x2 + 0x79622D32, x3 + 0x6B206574
+    x4, x5, x6, x7 = x4 + k0, x5 + k1, x6 + k2, x7 + k3
+    x8, x9, x10, x11 = x8 + k4, x9 + k5, x10 + k6, x11 + k7
+    x12, x13, x14, x15 = x12 + c0, x13 + c1, x14 + c2, x15 + c3
+    return x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15
+
+
+# ----------------------------------------------------------------------------------------------
+# Noise.
+
+
+@triton.jit
+def _horner(x, COEFFICIENTS: tl.constexpr, DEGREE: tl.constexpr):
+    y = tl.zeros_like(x) + COEFFICIENTS[DEGREE]
+    for i in tl.static_range(DEGREE):
+        y = y * x + COEFFICIENTS[DEGREE - 1 - i]
+    return y
+
+
+@triton.jit
+def _box_muller(w0, w1, w2, w3):
+    """As reference.box_muller, joined: [..., 2]."""
+    u = w1.to(tl.float64) * 2.0**-32 + (w0.to(tl.float64) + 0.5) * 2.0**-64
+    bits = u.to(tl.int64, bitcast=True)
+    k = ((bits + (0x3FF0000000000000 - 0x3FE6A09E667F3BCD)) >> 52) - 1023
+    m = (bits - (k << 52)).to(tl.float64, bitcast=True)
+    s = (m - 1.0) / (m + 1.0)
+    z = s * s
+    log_m = (s + s) + s * (z * _horner(z, _LOG, 5))
+    radius = tl.sqrt((k.to(tl.float64) * _LN2 + log_m) * -2.0)
+    x = (w3 & 0x1FFFFFFF).to(tl.float64) * 2.0**-29 + (w2.to(tl.float64) + 0.5) * 2.0**-61
+    y = x * x
+    cosine = y * _horner(y, _COS, 5) + 1.0
+    sine = x * _horner(y, _SIN, 6)
+    swap = (w3 & 0x20000000) != 0
+    a = tl.where(swap, sine, cosine)
+    b = tl.where(swap, cosine, sine)
+    a = tl.where((w3 & 0x80000000) != 0, -a, a)
+    b = tl.where((w3 & 0x40000000) != 0, -b, b)
+    return tl.join(radius * a, radius * b)
+
+
+@triton.jit
+def _normals(
+    first_block, k0, k1, k2, k3, k4, k5, k6, k7, c1, c2, c3,
+    KIND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK standard normals of a parameter, in order: those from block `first_block` on."""
+    EACH: tl.constexpr = 2 if KIND == _PHILOX else 8  # normals of a block
+    block = first_block + tl.arange(0, BLOCK // EACH)
+    c0 = block.to(tl.uint32)
+    c1 = (block >> 32).to(tl.uint32) + c1
+    c2, c3 = (c0 & 0) + c2, (c0 & 0) + c3
+    if KIND == _PHILOX:
+        w0, w1, w2, w3 = philox_impl(c0, c1, c2, c3, k0, k1)
+        pairs = tl.reshape(_box_muller(w0, w1, w2, w3), (BLOCK // 32, 16, 2))
+        z = tl.permute(pairs, (0, 2, 1))
+    else:
+        x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15 = chacha20(
+            k0, k1, k2, k3, k4, k5, k6, k7, c0, c1, c2, c3
+        )
+        even = tl.join(_box_muller(x0, x1, x2, x3), _box_muller(x8, x9, x10, x11))
+        odd = tl.join(_box_muller(x4, x5, x6, x7), _box_muller(x12, x13, x14, x15))
+        # [group, lane, half, quarter's high bit, low bit]
+        pairs = tl.reshape(tl.join(even, odd), (BLOCK // 128, 16, 2, 2, 2))
+        z = tl.permute(pairs, (0, 3, 4, 2, 1))
+    return tl.reshape(z, (BLOCK,))
+
+
+@triton.jit
+def _on_grid(x, magic):
+    """As reference.on_grid; `magic` is 1.5 2^52 times the grid."""
+    return x + magic - magic
+
+
+# ----------------------------------------------------------------------------------------------
+# Kernels.
+
+
+@triton.jit(do_not_specialize=["size", "x_step", "chunks", "square_step", "first"])
+def _square_kernel(
+    x_ptr,  # [samples, size], x_step apart
+    square_ptr,  # float64 [samples, square_step]: those of this tensor from column `first` on
+    size, x_step, chunks, square_step, first,
+    unit: tl.float64,
+    STEPS: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The sum of (x unit)^2 over one chunk of one sample: STEPS blocks of LANES VEC elements."""
+    program = tl.program_id(0).to(tl.int64)
+    sample, chunk = program // chunks, program % chunks
+    lane, offset = vectors(1, LANES, VEC)
+    begin = chunk * (STEPS * LANES)  # in vectors, as `end`
+    end = tl.minimum(begin + STEPS * LANES, size // VEC)
+    total = tl.zeros((LANES, VEC), tl.float64)
+    row = first_vector(x_ptr, sample * x_step, True, VEC)
+    for at in range(begin, end, LANES):
+        x = tl.load(row + (at * VEC + offset), mask=at + lane < end, other=0.0).to(tl.float64)
+        x *= unit
+        total += x * x
+    tl.store(square_ptr + (sample * square_step + first + chunk), tl.sum(tl.sum(total, 1), 0))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "size", "samples", "x_step", "k0", "k1", "k2", "k3", "k4", "k5", "k6", "k7", "c1", "c2",
+        "c3",
+    ]
+)  # fmt: skip
+def _release_kernel(
+    x_ptr,  # [samples, size], x_step apart
+    factor_ptr,  # float64 [samples]: 0 for one that is not finite
+    out_ptr,  # [size]
+    size, samples, x_step,
+    k0: tl.uint32, k1: tl.uint32, k2: tl.uint32, k3: tl.uint32, k4: tl.uint32, k5: tl.uint32,
+    k6: tl.uint32, k7: tl.uint32,  # the key; a value of it must not select another compiled kernel
+    c1: tl.uint32, c2: tl.uint32, c3: tl.uint32,  # words of the counter
+    fine: tl.float64, grid: tl.float64,  # see _on_grid; of a sample's part, of the sum
+    scale: tl.float64, inverse: tl.float64,
+    KIND: tl.constexpr, EMPTY: tl.constexpr,
+    UNROLL: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """LANES VEC elements: the sum of the clipped samples on its grid, and noise."""
+    program = tl.program_id(0).to(tl.int64)
+    lane, offset = vectors(1, LANES, VEC)
+    count = size // VEC
+    inside = program * LANES + lane < count
+    start = program * (LANES * VEC)
+    total = tl.zeros((LANES, VEC), tl.float64)
+    if not EMPTY:
+        for first in range(0, samples, UNROLL):
+            for i in tl.static_range(UNROLL):
+                sample = program * 0 + (first + i)  # int64
+                there = sample < samples
+                factor = tl.load(factor_ptr + sample, mask=there, other=0.0)
+                at = first_vector(x_ptr, start + sample * x_step, True, VEC) + offset
+                x = tl.load(at, mask=tl.where(there, inside, False), other=0.0).to(tl.float64)
+                # A sample that is not finite is left out by a select: 0 times NaN is NaN.
+                total += tl.where(factor != 0.0, _on_grid(x * factor, fine), 0.0)
+    total = _on_grid(total, grid)
+    if KIND != 0:
+        # They are already, but under the interpreter.
+        k0, k1, k2, k3 = k0.to(tl.uint32), k1.to(tl.uint32), k2.to(tl.uint32), k3.to(tl.uint32)
+        k4, k5, k6, k7 = k4.to(tl.uint32), k5.to(tl.uint32), k6.to(tl.uint32), k7.to(tl.uint32)
+        c1, c2, c3 = c1.to(tl.uint32), c2.to(tl.uint32), c3.to(tl.uint32)
+        EACH: tl.constexpr = 2 if KIND == _PHILOX else 8
+        z = _normals(
+            program * (LANES * VEC // EACH), k0, k1, k2, k3, k4, k5, k6, k7, c1, c2, c3,
+            KIND, LANES * VEC,
+        )  # fmt: skip
+        total += tl.reshape(_on_grid(z * scale, grid), (LANES, VEC))
+    y = (total * inverse).to(out_ptr.dtype.element_ty)
+    tl.store(first_vector(out_ptr, start, True, VEC) + offset, y, mask=inside)
+
+
+# ----------------------------------------------------------------------------------------------
+# The launcher.
+
+_SQUARE_BLOCK, _SQUARE_STEPS = 2048, 4
+_RELEASE_BLOCK = 1024  # whole groups of noise
+_UNROLL = 4
+
+
+@cache
+def _warps(device: torch.device) -> int:
+    return 2 if architecture(device) == "gfx9" else 4  # there a warp has 64 lanes
+
+
+def _options(device: torch.device, fused: bool) -> dict[str, Any]:
+    return {"num_warps": _warps(device), "num_stages": 1, "enable_fp_fusion": fused}
+
+
+def _vector(x: Tensor, out: Tensor) -> int:
+    """Elements of a vector: 16 bytes where all rows begin and end on such boundaries."""
+    vec = 16 // x.element_size()
+    whole = x.shape[1] % vec == 0 and (x.stride(0) % vec == 0 or x.shape[0] <= 1)
+    return vec if whole and x.data_ptr() % 16 == out.data_ptr() % 16 == 0 else 1
+
+
+def _square(x: Tensor, unit: float, squares: Tensor, first: int, chunks: int, out: Tensor) -> None:
+    vec = _vector(x, out)
+    with torch.cuda.device_of(x):
+        _square_kernel[(x.shape[0] * chunks,)](
+            x, squares, x.shape[1], x.stride(0), chunks, squares.shape[1], first, unit,
+            STEPS=_SQUARE_STEPS, VEC=vec, LANES=_SQUARE_BLOCK // vec,
+            **_options(x.device, True),
+        )  # fmt: skip
+
+
+def _release(x: Tensor, factors: Tensor, out: Tensor, numbers: gpu.Numbers) -> None:
+    vec = _vector(x, out)
+    with torch.cuda.device_of(x):
+        _release_kernel[(triton.cdiv(x.shape[1], _RELEASE_BLOCK),)](
+            x, factors, out, x.shape[1], x.shape[0], x.stride(0), *numbers.key, *numbers.counter,
+            numbers.fine, numbers.grid, numbers.scale, numbers.inverse,
+            KIND=numbers.kind, EMPTY=x.shape[0] == 0,
+            UNROLL=_UNROLL, VEC=vec, LANES=_RELEASE_BLOCK // vec,
+            **_options(x.device, False),
+        )  # fmt: skip
+
+
+def _kernels() -> gpu.Kernels:
+    return gpu.Kernels(_SQUARE_BLOCK * _SQUARE_STEPS, _square, _release)
+
+
+def clip_and_noise(grad_samples: Sequence[Tensor], *release: Any) -> list[Tensor]:
+    """The op `fastdistill::clip_and_noise`."""
+    return gpu.clip_and_noise(_kernels(), grad_samples, *release)
+
+
+def add_noise_(sums: Sequence[Tensor], *release: Any) -> None:
+    """The op `fastdistill::add_noise_`."""
+    gpu.add_noise_(_kernels(), sums, *release)

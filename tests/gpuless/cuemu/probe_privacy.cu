@@ -1,0 +1,182 @@
+// The kernels of private releases: each element type and generator, and the generators on the
+// vectors of their authors.
+#include "privacy.cuh"
+#include "probe.h"
+
+namespace {
+
+constexpr double kFine = 0x1p-31, kGrid = 0x1p-13, kMagic = 1.5 * 0x1p52;
+
+double rounded(double x, double grid) { return std::nearbyint(x / grid) * grid; }
+
+double wide(double x) { return x; }
+double wide(float x) { return x; }
+double wide(__nv_bfloat16 x) { return as_float(x); }
+double wide(__half x) { return as_float(x); }
+
+fd::Draws draws() {
+  fd::Draws d{};
+  for (uint32_t i = 0; i < 8; i++) d.key[i] = 0x9e3779b9u * (i + 1);
+  d.counter[0] = 1u << 24 | 5u << 8;
+  d.counter[1] = 0xfffffff0u;
+  d.counter[2] = 77;
+  return d;
+}
+
+// Element e of the noise, in plain doubles; its words are those of the kernel's generators, which
+// the vectors below check.
+template <fd::Generator G>
+double normal(const fd::Draws& d, int64_t e) {
+  const int64_t t = e / 32, j = e % 16;
+  uint32_t w[16];
+  int at = 0;
+  if constexpr (G == fd::Generator::philox) {
+    uint32_t four[4];
+    fd::philox(d, static_cast<uint64_t>(16 * t + j), four);
+    for (int i = 0; i < 4; i++) w[i] = four[i];
+  } else {
+    fd::chacha20(d, static_cast<uint64_t>(t / 4 * 16 + j), w);
+    at = static_cast<int>(t % 4) * 4;
+  }
+  const double u = w[at + 1] * 0x1p-32 + (w[at] + 0.5) * 0x1p-64;
+  const double angle =
+      0.78539816339744830962 * ((w[at + 3] & 0x1fffffffu) * 0x1p-29 + (w[at + 2] + 0.5) * 0x1p-61);
+  const bool swap = w[at + 3] & 0x20000000u, second = e % 32 >= 16;
+  const double value = swap != second ? std::sin(angle) : std::cos(angle);
+  const bool negative = w[at + 3] & (second ? 0x40000000u : 0x80000000u);
+  return std::sqrt(-2 * std::log(u)) * (negative ? -value : value);
+}
+
+// `count` samples of `size` elements, `step` apart; sample 1 is left out, and is NaN.
+template <class E, fd::Generator G>
+void release(const char* what, int count, int64_t size, int64_t step, int64_t offset,
+             int64_t out_offset = 0) {
+  using Out = std::conditional_t<std::is_same_v<E, double>, double, float>;
+  const size_t n = count == 0 ? 0 : static_cast<size_t>((count - 1) * step + size);
+  Buffer<E> x(n + static_cast<size_t>(offset));
+  for (int s = 0; s < count; s++) {
+    for (int64_t e = 0; e < size; e++)
+      if (s != 1) x.data[offset + s * step + e] = static_cast<E>((rand() % 2001 - 1000) / 250.f);
+  }
+  Buffer<double> factors(static_cast<size_t>(count));
+  for (int s = 0; s < count; s++) factors.data[s] = s == 1 ? 0.0 : 0.3 + 0.1 * s;
+  Buffer<Out> out(static_cast<size_t>(size + out_offset));
+  fd::ReleaseParams a{};
+  a.x = x.data.get() + offset;
+  a.size = size;
+  a.samples = count;
+  a.x_step = step;
+  a.factors = factors.data.get();
+  a.out = out.data.get() + out_offset;
+  a.draws = draws();
+  a.fine = kMagic * kFine;
+  a.grid = kMagic * kGrid;
+  a.scale = 3;
+  a.inverse = 0.25;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>((size + fd::kTile - 1) / fd::kTile));
+  config.blockDim = dim3(fd::kReleaseThreads);
+  expect(what, cudaLaunchKernelEx(&config, fd::privacy_release<E, G>, a), 0, 0);
+  for (int64_t e = 0; e < size; e++) {
+    double sum = 0;
+    for (int s = 0; s < count; s++) {
+      if (s != 1) sum += rounded(wide(x.data[offset + s * step + e]) * factors.data[s], kFine);
+    }
+    double want = rounded(sum, kGrid);
+    if constexpr (G != fd::Generator::none) want += rounded(normal<G>(a.draws, e) * 3, kGrid);
+    expect(what, wide(out.data[out_offset + e]), want * 0.25, 1e-7);
+  }
+}
+
+template <class E>
+void square(const char* what, int count, int64_t size, int64_t step, int64_t offset,
+            unsigned threads) {
+  Buffer<E> x(static_cast<size_t>((count - 1) * step + size + offset));
+  for (int s = 0; s < count; s++)
+    for (int64_t e = 0; e < size; e++)
+      x.data[offset + s * step + e] = static_cast<E>((rand() % 2001 - 1000) / 250.f);
+  const int64_t chunk = 1024, chunks = (size + chunk - 1) / chunk, all = chunks + 3;
+  Buffer<double> squares(static_cast<size_t>(count * all - 1));  // the last column is another's
+  fd::SquareParams a{};
+  a.x = x.data.get() + offset;
+  a.size = size;
+  a.x_step = step;
+  a.chunk = chunk;
+  a.chunks = chunks;
+  a.unit = 0.5;
+  a.squares = squares.data.get();
+  a.square_step = all;
+  a.first = 2;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(count * chunks));
+  config.blockDim = dim3(threads);
+  expect(what, cudaLaunchKernelEx(&config, fd::privacy_square<E>, a), 0, 0);
+  for (int s = 0; s < count; s++) {
+    for (int64_t c = 0; c < chunks; c++) {
+      double want = 0;
+      for (int64_t e = c * chunk; e < size && e < (c + 1) * chunk; e++) {
+        const double v = wide(x.data[offset + s * step + e]) * 0.5;
+        want += v * v;
+      }
+      expect(what, squares.data[s * all + 2 + c], want, 1e-12);
+    }
+    expect("beside", std::isnan(squares.data[s * all + 1]), 1, 0);
+  }
+}
+
+// Offsets of samples that lie further apart than 32 bits can say, without the memory.
+void far_samples() {
+  const int64_t far = int64_t{1} << 33, sample = 13;
+  fd::SquareParams a{};
+  a.x = a.squares = reinterpret_cast<double*>(far);
+  a.x_step = a.square_step = far / 4 + 1;
+  const auto offset = [&](const void* p) { return reinterpret_cast<intptr_t>(p) - far; };
+  expect("far sample", offset(fd::row_of<float>(a, sample)) == sample * a.x_step * 4, 1, 0);
+  expect("far square", offset(fd::square_of(a, sample)) == sample * a.square_step * 8, 1, 0);
+}
+
+// Random123's kat_vectors (philox4x32 10), and RFC 8439, 2.3.2.
+void vectors() {
+  fd::Draws d{{0xa4093822u, 0x299f31d0u}, {0x85a308d3u, 0x13198a2eu, 0x03707344u}};
+  const uint32_t philox[4] = {0xd16cfe09u, 0x94fdcceb, 0x5001e420u, 0x24126ea1u};
+  uint32_t w[16], four[4];
+  fd::philox(d, 0x243f6a88u, four);
+  for (int i = 0; i < 4; i++) expect("Random123's vector", four[i], philox[i], 0);
+  const uint32_t chacha20[16] = {0xe4e7f110u, 0x15593bd1u, 0x1fdd0f50u, 0xc47120a3u,
+                                 0xc7f4d1c7u, 0x0368c033u, 0x9aaa2204u, 0x4e6cd4c3u,
+                                 0x466482d2u, 0x09aa9f07u, 0x05d7c214u, 0xa2028bd9u,
+                                 0xd19c12b5u, 0xb94e16deu, 0xe883d0cbu, 0x4e3c50a2u};
+  for (uint32_t i = 0; i < 8; i++) d.key[i] = 0x03020100u + 0x04040404u * i;
+  d.counter[0] = 0x09000000u, d.counter[1] = 0x4a000000u, d.counter[2] = 0;
+  fd::chacha20(d, 1, w);
+  for (int i = 0; i < 16; i++) expect("RFC 8439's vector", w[i], chacha20[i], 0);
+  // The block's number goes on in the second word.
+  fd::Draws zero{};
+  zero.counter[0] = 1;
+  uint32_t again[4];
+  fd::philox(zero, 1ull << 32, four);
+  zero.counter[0] = 2;
+  fd::philox(zero, 0, again);
+  for (int i = 0; i < 4; i++) expect("a block beyond 2^32", four[i], again[i], 0);
+}
+
+}  // namespace
+
+int main() {
+  using bf16 = __nv_bfloat16;
+  using fd::Generator;
+  vectors();
+  far_samples();
+  for (int64_t offset : {0, 1}) {
+    release<float, Generator::philox>("philox", 6, 1301, 1304 + offset, offset, offset);
+    release<bf16, Generator::chacha20>("chacha20", 3, 136, 136, offset);
+    release<double, Generator::chacha20>("double", 2, 130, 131, offset);
+    release<__half, Generator::none>("no noise", 5, 71, 72, offset);
+    square<float>("square", 2, 1097, 1104 + offset, offset, 64);
+    square<bf16>("square of bf16", 2, 1024, 1024, offset, 128);
+    square<double>("square of double", 2, 23, 24, offset, 32);
+    square<__half>("square of f16", 2, 71, 72, offset, 32);
+  }
+  release<float, Generator::chacha20>("noise alone", 0, 135, 0, 0);
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,174 @@
+"""The kernels of fastdistill.privacy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from entries import DTYPES, TARGETS, Config, CudaKernel, Least, TritonKernel
+from inputs import far_apart
+from torch import Tensor
+
+from fastdistill.privacy import mechanism, reference, source
+
+MODULE = "fastdistill.privacy.triton"
+
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "dtype": tuple(DTYPES),
+    "size": (5, 1000, 4099, 9000),
+    "samples": (0, 1, 3, 5),
+    "noise": ("philox", "chacha20", "none"),
+    "layout": ("dense", "padded"),
+    "target": TARGETS,
+}
+PLAIN: Config = {
+    "dtype": "fp32",
+    "size": 9000,
+    "samples": 5,
+    "noise": "philox",
+    "layout": "dense",
+    "target": "sm_90",
+}
+KINDS = {"philox": source.PHILOX, "chacha20": source.CHACHA20, "none": source.NONE}
+
+
+def inputs(config: Config) -> Tensor:
+    """[samples, size] inside NaN, of norms on both sides of the clip norm 1; of five samples one
+    is not finite."""
+    torch.manual_seed(0)
+    samples, size, dtype = config["samples"], config["size"], DTYPES[config["dtype"]]
+    pad = 16 if config["layout"] == "padded" else 0
+    x = torch.full((samples, size + pad), float("nan"))
+    scale = torch.tensor([2.0, 0.5, 30.0, 1.0, 1.0]).repeat(4)[:samples, None] / size**0.5
+    x[:, :size] = torch.randn(samples, size) * scale
+    x = x.to(dtype)[:, :size]
+    if samples == 5:
+        x[1, size // 2] = float("inf")
+    return far_apart(x) if config["layout"] == "far" else x
+
+
+def numbers(config: Config) -> tuple[mechanism.Mechanism, source.Source]:
+    sigma = 0.0 if config["noise"] == "none" else 2.0
+    planned = mechanism.plan(1.0, sigma, 3.0, config["size"], config["dtype"] != "fp64")
+    key = torch.tensor([7, 0xFFFFFFFF, 2, 3, 0x80000000, 5, 6, 1])
+    return planned, source.Source(KINDS[config["noise"]], key, (1 << 62) + 0xFFFFFFF1)
+
+
+def call(module: ModuleType, config: Config) -> None:
+    planned, bits = numbers(config)
+    module.clip_and_noise([inputs(config)], *planned, *bits)
+
+
+def check(module: ModuleType, config: Config) -> None:
+    """The oracle's bits with noise; without, where sums are not on a grid, its float64."""
+    x = inputs(config)
+    planned, bits = numbers(config)
+    (got,) = module.clip_and_noise([x], *planned, *bits)
+    dense = x.contiguous() if config["layout"] != "far" else torch.stack(list(x))
+    (want,) = reference.clip_and_noise([dense], planned, bits)
+    assert got.dtype is want.dtype and got.shape == want.shape
+    if config["noise"] == "none":
+        relative = 1e-12 if got.dtype is torch.float64 else 2.0**-23
+        torch.testing.assert_close(got, want, rtol=relative, atol=1e-15)
+    else:
+        assert torch.equal(got, want), int((got != want).sum())
+
+
+def possible_square(config: Config) -> bool:
+    """It does not see the noise, and nothing is squared of no samples."""
+    return config["samples"] > 0 and config["noise"] == "philox"
+
+
+def tile(arguments: Mapping[str, Any]) -> int:
+    """Elements of samples; of the result where there is no sample."""
+    at_once = 1 if arguments.get("EMPTY") else arguments.get("UNROLL", 1)
+    return arguments["LANES"] * arguments["VEC"] * at_once
+
+
+def least(config: Config) -> Least:
+    """Of one sample: what the result takes is a fraction of it."""
+    width = DTYPES[config["dtype"]].itemsize
+    return Least(width, 0) if config["samples"] else Least(0, max(width, 4))
+
+
+FAULTS: tuple[Config, ...] = (
+    PLAIN,
+    {**PLAIN, "dtype": "bf16", "layout": "padded", "noise": "chacha20"},
+    {**PLAIN, "dtype": "bf16", "size": 4099, "samples": 3, "noise": "none"},
+    {**PLAIN, "dtype": "fp64", "size": 1000, "samples": 1},
+    {**PLAIN, "size": 1000, "samples": 3, "layout": "far"},
+)
+HARMLESS = {
+    "arithmetic in the narrow type: _release_kernel: tl.load(at, mask=tl.where(there, inside, "
+    "False), other=0.0).to(tl.float64)":
+        "the product with the float64 factor widens it as this does",
+    "false alignment: first_vector: ALIGNED":
+        "it is always told: where a row is not aligned its vectors are of one element",
+}  # fmt: skip
+EMPTY: Config = {**PLAIN, "samples": 0}
+
+TRITON = (
+    TritonKernel(
+        name="_square_kernel",
+        module=MODULE,
+        factors={**FACTORS, "samples": (1, 3, 5), "noise": ("philox",)},
+        possible=possible_square,
+        call=call,
+        check=check,
+        tile=tile,
+        least=least,
+        passes=lambda arguments: 1,
+        headlines={"fp32": PLAIN, "bf16": {**PLAIN, "dtype": "bf16"}},
+        architecture="architecture",
+        faults=tuple({**c, "noise": "philox"} for c in FAULTS),
+        not_sanitized="triton-viz cannot evaluate the cast in its loop's bound",
+    ),
+    TritonKernel(
+        name="_release_kernel",
+        module=MODULE,
+        factors=FACTORS,
+        possible=lambda config: True,
+        call=call,
+        check=check,
+        tile=tile,
+        least=least,
+        passes=lambda arguments: 1,
+        headlines={
+            "fp32-philox": PLAIN,
+            "bf16-chacha20": {**PLAIN, "dtype": "bf16", "noise": "chacha20"},
+            "noise-philox": EMPTY,
+            "noise-chacha20": {**EMPTY, "noise": "chacha20"},
+        },
+        architecture="architecture",
+        faults=FAULTS,
+        harmless=HARMLESS,
+        uniform=frozenset({("load", 8)}),
+        sanitized=({**EMPTY, "noise": "none"}, {**EMPTY, "noise": "none", "size": 4099}),
+    ),
+)
+
+_NOTHING_THERE = "beyond the end a thread reads nothing and adds zeros"
+HARMLESS_CUDA = {
+    "mask loosened: privacy.cuh: for (int64_t first = begin + threadIdx.x * kEach; first < end; "
+    "first += blockDim.x * kEach) {":
+        _NOTHING_THERE,
+    "mask loosened: privacy.cuh: for (int64_t at = 0; at < a.samples; at += kUnroll) {":
+        _NOTHING_THERE,
+}  # fmt: skip
+
+CUDA = tuple(
+    CudaKernel(
+        name=name,
+        room="privacy",
+        source="privacy.cuh",
+        probe="probe_privacy.cu",
+        headers=("privacy.cuh", "group.cuh"),
+        harmless=HARMLESS_CUDA,
+        wide=wide,
+    )
+    for name, wide in (("privacy_square", ("load",)), ("privacy_release", ("load", "store")))
+)
+
+KERNELS = (*TRITON, *CUDA)
