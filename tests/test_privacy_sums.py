@@ -45,3 +45,18 @@ def test_privacy_sums_are_written_where_they_are_not_dense(backend):
         for x in (dense, strided):
             sums.add_noise_([x], planned, checks.philox(1))
     assert torch.equal(dense, strided) and not torch.equal(dense, torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_privacy_square_norms(backend, dtype):
+    for shape in ((3, 5, 7), (2, 9000), (0, 4), (4, 0), (5,)):
+        x = torch.randn(shape).to(dtype)
+        with fd.backend(backend):
+            got = sums.square_norms(x)
+        want = x.double().flatten(1).square().sum(1) if x.ndim > 1 else x.double().square()
+        torch.testing.assert_close(got, want, rtol=1e-14, atol=0)
+    with fd.backend(backend):
+        assert torch.equal(
+            sums.square_norms(torch.ones(4, 6).t()), torch.full((6,), 4.0, dtype=torch.float64)
+        )
+        assert not sums.square_norms(torch.tensor([[torch.inf], [torch.nan]])).isfinite().any()

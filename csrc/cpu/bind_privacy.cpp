@@ -80,6 +80,14 @@ void add_noise_(const std::vector<Parameter>& parameters, double grid, double sc
   add_noise(kernels, call);
 }
 
+void square_norms_(uintptr_t data, int type, int64_t samples, int64_t size, uintptr_t out,
+                   int threads) {
+  const PrivacyKernels& kernels = *active_kernels().privacy;
+  py::gil_scoped_release released;
+  square_norms(kernels, {pointer<void>(data), static_cast<Type>(type), size, nullptr, false},
+               samples, pointer<double>(out), threads);
+}
+
 // For the tests: the generators on the vectors of their authors.
 py::list random_words(int generator, uintptr_t key, int64_t block,
                       const std::array<uint32_t, 3>& counter) {
@@ -97,6 +105,7 @@ void bind_privacy(py::module_& m) {
   m.def("clip_and_noise", &clip_and_noise_);
   m.def("noisy_row_sum", &noisy_row_sum_);
   m.def("add_noise", &add_noise_);
+  m.def("square_norms", &square_norms_);
   m.def("random_words", &random_words);
 }
 

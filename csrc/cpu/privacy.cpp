@@ -85,6 +85,21 @@ void add_noise(const PrivacyKernels& kernels, const PrivacyCall& call) {
                   });
 }
 
+void square_norms(const PrivacyKernels& kernels, const GradSamples& samples, int64_t count,
+                  double* out, int threads) {
+  const std::vector<Chunk> chunks = chunks_of({samples});
+  if (samples.size * count < kSerialElements) threads = 1;
+  parallel_chunks(count, 1, threads, [&](int, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      double sum = 0;
+      for (const Chunk& chunk : chunks)
+        sum += kernels.square(samples.type, at({&samples, 0, chunk.first, chunk.size}, i),
+                              chunk.size, 1.0);
+      out[i] = sum;
+    }
+  });
+}
+
 void clip_and_noise(const PrivacyKernels& kernels, const PrivacyCall& call) {
   const std::vector<Chunk> chunks = chunks_of(call.parameters);
   int64_t elements = 0;

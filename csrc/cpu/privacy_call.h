@@ -29,6 +29,9 @@ constexpr double kEps = 1e-6;  // Opacus's, in C / (n + 1e-6)
 void noisy_row_sum(const PrivacyKernels& kernels, const RowSumCall& call);
 // The noise alone: `data` is [size], float32 or float64, and may be `out`.
 void add_noise(const PrivacyKernels& kernels, const PrivacyCall& call);
+// out[i] = the square norm of sample i of `count`; `out` of `samples` is not used.
+void square_norms(const PrivacyKernels& kernels, const GradSamples& samples, int64_t count,
+                  double* out, int threads);
 void clip_and_noise(const PrivacyKernels& kernels, const PrivacyCall& call);
 
 }  // namespace fd

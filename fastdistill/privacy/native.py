@@ -86,6 +86,21 @@ def add_noise_(
             x.copy_(y)
 
 
+def square_norms(x: Tensor) -> Tensor:
+    """The square norms of the samples of [B, ...], float64 [B], added up in float64."""
+    dense = x.contiguous()
+    out = torch.empty(len(x), dtype=torch.float64)
+    _module().square_norms(
+        dense.data_ptr(),
+        _TYPES[x.dtype],
+        len(x),
+        x.shape[1:].numel(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def noisy_softmax_sum(teachers: Sequence[Tensor], temperature: float, *release: Any) -> Tensor:
     """The op `fastdistill::noisy_softmax_sum` on the CPU."""
     return _sum_rows(teachers, 1 / temperature, ANSWER_NOISE, *release)

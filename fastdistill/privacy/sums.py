@@ -1,4 +1,4 @@
-"""Noise on sums that are already clipped: the last step of a private gradient.
+"""Norms of samples, and noise on sums that are already clipped: what the engine is made of.
 
 `clip_and_noise` does all of it at once for those who have per-sample gradients; the engine has the
 weighted sums without ever having had those.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastdistill.privacy import ops, reference, release
+from fastdistill.privacy import native, ops, reference, release
 from fastdistill.privacy.mechanism import Mechanism
 from fastdistill.privacy.source import Source
 
@@ -35,5 +35,20 @@ def add_noise_(sums: Sequence[Tensor], mechanism: Mechanism, bits: Source) -> No
             m = mechanism
             ops.add_noise_(list(sums), m.grid, m.scale, m.inverse, *bits, backend)
 
+
+def square_norms(x: Tensor) -> Tensor:
+    """The square norms of the samples of [B, ...], float64 [B]; squares of float32 are exact."""
+    if release.choose(OP, [x]) == "cpu":
+        return native.square_norms(x)
+    rows = x.reshape(len(x), x.shape[1:].numel())
+    out = torch.zeros(len(rows), dtype=torch.float64, device=x.device)
+    step = max(_SLAB // max(rows.shape[1], 1), 1)
+    for i in range(0, len(rows), step):
+        out[i : i + step] = rows[i : i + step].double().square().sum(1)
+    return out
+
+
+_SLAB = 1 << 20
+"""Elements that are widened at once."""
 
 release.register(OP, gpu=True)

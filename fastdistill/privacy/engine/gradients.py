@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fastdistill.privacy.sums import square_norms
+
 EPS64 = 2.0**-53
 SHORT = 32
 """Rows of a sample below which its product is not made, but its Gram matrices are."""
@@ -52,22 +54,6 @@ def rounding(samples: int, chunk: int) -> float:
 def wide(x: Tensor) -> Tensor:
     """In the type that sums are taken in."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def squares(x: Tensor) -> Tensor:
-    """Square norms of the samples of [B, ...], float64 [B]: squares of float32 are exact there."""
-    rows = x.reshape(len(x), x.shape[1:].numel())
-    if rows.numel() <= _SLAB:
-        return rows.double().square().sum(1)
-    out = torch.empty(len(rows), dtype=torch.float64, device=x.device)
-    step = max(_SLAB // max(rows.shape[1], 1), 1)
-    for i in range(0, len(rows), step):
-        torch.sum(rows[i : i + step].double().square_(), 1, out=out[i : i + step])
-    return out
-
-
-_SLAB = 1 << 18
-"""Elements that are widened at once: they stay in the cache."""
 
 
 def only(kept: Tensor, x: Tensor) -> Tensor:
@@ -158,7 +144,7 @@ class Dense(Gradient):
 
     def square(self) -> Tensor:
         """Square norms, float64 [B]."""
-        return squares(self.value)
+        return square_norms(self.value)
 
     def select(self, kept: Tensor) -> None:
         """Zero for the samples that are not kept [B]."""
@@ -211,14 +197,14 @@ class Product(Gradient):
     def square(self) -> Tensor:
         """Square norms, float64 [B]."""
         if self.method == "outer":
-            return squares(self.a) * squares(self.g)
+            return square_norms(self.a) * square_norms(self.g)
         if self.made is not None:
-            return squares(self.made)
+            return square_norms(self.made)
         if self.method == "gram":
             return self._gram()
         out = torch.zeros(self.samples, dtype=torch.float64, device=self.a.device)
         for _, tile in self._tiles(slice(None)):
-            out += squares(tile)
+            out += square_norms(tile)
         return out
 
     def reach(self) -> Tensor:
@@ -300,7 +286,7 @@ class Rows(Gradient):
     def square(self) -> Tensor:
         """Square norms, float64 [B]."""
         out = torch.zeros(self.samples, 1, dtype=torch.float64, device=self.values.device)
-        return out.index_add_(0, self.sample, squares(self.values)[:, None])[:, 0]
+        return out.index_add_(0, self.sample, square_norms(self.values)[:, None])[:, 0]
 
     def select(self, kept: Tensor) -> None:
         """Zero for the samples that are not kept [B]."""
@@ -348,8 +334,12 @@ class Convolution(Gradient):
         self.made: Tensor | None = None
         if workspace.fits(self.samples * shape.numel(), self.x):
             self.made = workspace.take(key, (self.samples, *shape), self.x)
-            for some in self._slabs(slice(0, self.samples)):
-                self._products(some, self.made[some])
+        self._square = torch.cat(  # while a slab is in the cache
+            [
+                square_norms(self._products(some, None if self.made is None else self.made[some]))
+                for some in self._slabs(slice(0, self.samples))
+            ]
+        )
 
     def _slabs(self, part: slice) -> Iterator[slice]:
         for i in range(part.start, part.stop, self.step):
@@ -367,9 +357,7 @@ class Convolution(Gradient):
 
     def square(self) -> Tensor:
         """Square norms, float64 [B]."""
-        if self.made is not None:
-            return squares(self.made)
-        return torch.cat([squares(self._products(s)) for s in self._slabs(slice(0, self.samples))])
+        return self._square
 
     def select(self, kept: Tensor) -> None:
         """Zero for the samples that are not kept [B]."""
