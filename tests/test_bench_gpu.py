@@ -1,11 +1,17 @@
 """`make gpu` where there is no GPU: it says so, and the parts that need none are right."""
 
 import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from bench import gpu, modelled
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
@@ -23,6 +29,28 @@ def test_outcomes_of_a_test_run():
     assert gpu.outcomes(junit) == {
         "passed": 1, "failed": ["a::two"], "skipped": {"needs a second device": 1}
     }  # fmt: skip
+
+
+def test_a_package_that_is_missing_skips_its_tests(tmp_path):
+    """Not all of them: the machine with the GPU need not have what plots and jobs need."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.modules['matplotlib'] = None  # as if it were not installed\n"
+    )
+    files = [ROOT / "tests" / name for name in ("test_distill_job.py", "test_gpu.py")]
+    paths = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-rs", "-p", "no:cacheprovider"]
+
+    def collect(*arguments):
+        return subprocess.run(
+            [*command, *arguments], capture_output=True, text=True, cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": paths},
+        )  # fmt: skip
+
+    found = collect("-m", "gpu", *files)
+    assert found.returncode == 0, found.stdout
+    assert "test_distill_job.py:1: no package matplotlib" in found.stdout
+    assert "test_gpu.py" in found.stdout
+    assert collect(files[0]).returncode != 0  # elsewhere nothing is passed over
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton")
