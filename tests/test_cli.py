@@ -10,6 +10,7 @@ import pytest
 
 import fastdistill
 from fastdistill import cli
+from fastdistill.distill import ui
 from fastdistill.distill.config import Config, read_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -283,3 +284,23 @@ def test_python_m_fastdistill():
         check=True,
     )
     assert process.stdout == f"fastdistill {fastdistill.__version__}\n"
+
+
+def test_a_long_training_in_a_log_does_not_look_as_if_it_hung(capsys, monkeypatch):
+    """A line where it is taken up again, and one per epoch once it has been quiet for a while."""
+    now = [0.0]
+    monkeypatch.setattr(ui.time, "monotonic", lambda: now[0])
+    curve = [{"loss": 2.0, "correlation": 0.5 + i / 10} for i in range(4)]
+    with ui.Terminal() as terminal:
+        terminal.begin(4)
+        terminal.progress("student", 4, curve[:1])  # resumed after one epoch
+        terminal.progress("student", 4, curve[:2])
+        now[0] += ui.QUIET_S
+        terminal.progress("student", 4, curve[:3])
+        terminal.progress("student", 4, curve)
+        terminal.progress("other", 4, [])
+    assert capsys.readouterr().err.splitlines() == [
+        "student: 1 of 4 epochs, correlation 0.500",
+        "student: 3 of 4 epochs, correlation 0.700",
+        "student: correlation 0.800",
+    ]

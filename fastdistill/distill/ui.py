@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
@@ -15,11 +16,15 @@ from fastdistill.distill import report
 from fastdistill.distill.listener import Listener
 from fastdistill.distill.snapshot import Curve
 
+QUIET_S = 15.0
+
 
 class Terminal(Listener):
     """Two bars: all epochs of the job, and those of the network in training.
 
-    Where standard error is no terminal, one line per finished network instead.
+    Where standard error is no terminal, one line per finished network instead, one where a network
+    is taken up again, and one per epoch if `QUIET_S` seconds have passed since the last: a long
+    training in a log must not look like one that hangs.
     """
 
     def __init__(self) -> None:
@@ -36,6 +41,7 @@ class Terminal(Listener):
         self.total: TaskID | None = None
         self.current: tuple[str, TaskID] | None = None
         self.counted = 0  # epochs of the current network that the bar of the job includes
+        self.said = time.monotonic()
 
     def __enter__(self) -> Terminal:
         self.bars.start()
@@ -51,6 +57,7 @@ class Terminal(Listener):
 
     def say(self, text: str) -> None:
         """One line above the bars."""
+        self.said = time.monotonic()
         self.bars.console.print(text, markup=False, soft_wrap=True)
 
     def begin(self, epochs: int) -> None:
@@ -60,6 +67,7 @@ class Terminal(Listener):
     def progress(self, network: str, epochs: int, curve: Curve) -> None:
         """Move both bars; a line for a network that is finished."""
         figures = _headline(curve[-1]) if curve else ""
+        first = self.current is None or self.current[0] != network
         if self.current is None or self.current[0] != network:
             if self.current is not None:
                 self.bars.remove_task(self.current[1])
@@ -71,6 +79,9 @@ class Terminal(Listener):
         self.counted = len(curve)
         if len(curve) == epochs:
             self.say(f"{network}: {figures}")
+        elif curve and not self.console.is_terminal:
+            if first or time.monotonic() - self.said >= QUIET_S:
+                self.say(f"{network}: {len(curve)} of {epochs} epochs, {figures}")
 
 
 def _headline(entry: dict[str, float]) -> str:
