@@ -89,6 +89,20 @@ def assert_close(got: Sequence[Tensor], want: Sequence[Tensor], limit: float = 1
     assert apart**0.5 <= limit * size**0.5, (apart**0.5, size**0.5)
 
 
+def by_samples(model, batch, norm=1.0, loss=nn.functional.cross_entropy, divide=8):
+    """Micro-batches of one."""
+    x, y = batch
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    total = [torch.zeros_like(p) for p in parameters]
+    for i in range(len(x)):
+        value = loss(model(x[i : i + 1]), y[i : i + 1])
+        grads = torch.autograd.grad(value, parameters)
+        size = torch.cat([g.flatten() for g in grads]).norm()
+        for t, g in zip(total, grads, strict=True):
+            t += g * (norm / (size + 1e-6)).clamp(max=1)
+    return [t / divide for t in total]
+
+
 class Attention(nn.Module):
     """Causal attention over Linear layers, as Opacus can take it."""
 

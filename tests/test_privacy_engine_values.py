@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from private_models import CNN, F64, Transformer, assert_close, ours, theirs
+from private_models import CNN, F64, Transformer, assert_close, by_samples, ours, theirs
 from torch import nn
 
 from fastdistill.privacy.engine.module import PrivateModule
@@ -64,20 +64,6 @@ def test_engine_cnn(n, padding):
             assert_close(got, want)
         else:
             assert_close(got, by_samples(model, batches[0]))
-
-
-def by_samples(model, batch, norm=1.0, loss=nn.functional.cross_entropy, divide=8):
-    """Micro-batches of one."""
-    x, y = batch
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    total = [torch.zeros_like(p) for p in parameters]
-    for i in range(len(x)):
-        value = loss(model(x[i : i + 1]), y[i : i + 1])
-        grads = torch.autograd.grad(value, parameters)
-        size = torch.cat([g.flatten() for g in grads]).norm()
-        for t, g in zip(total, grads, strict=True):
-            t += g * (norm / (size + 1e-6)).clamp(max=1)
-    return [t / divide for t in total]
 
 
 def test_engine_conv1d():

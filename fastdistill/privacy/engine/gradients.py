@@ -47,7 +47,7 @@ def rounding(samples: int, chunk: int) -> float:
     chunks are added in float64. The second term is that of float64 sums under `GRAM_MARGIN`.
     """
     m = min(chunk, samples)
-    exact = SHORT * samples * (samples + 1) * EPS64 / GRAM_MARGIN**0.5
+    exact = SHORT * samples * (m + 1) * EPS64 / GRAM_MARGIN**0.5
     return (2.0**-24 * samples * (m + 5) + exact) * (1 + 2.0**-10)
 
 
