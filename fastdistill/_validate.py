@@ -23,6 +23,8 @@ def tensor(name: str, value: object) -> torch.Tensor:
     """A dense torch.Tensor."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.is_nested:  # which has no shape
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got a nested tensor")
     if value.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
     return value

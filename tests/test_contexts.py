@@ -190,3 +190,12 @@ def test_contexts_a_batch_of_gradients_leaves_the_saved_ones_alone(host_backend)
         once = torch.autograd.grad(y, leaves)
         for g, o in zip(got, once, strict=True):
             torch.testing.assert_close(g, torch.stack([2 * o, -3 * o]), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_contexts_nested_tensors_are_refused():
+    nested = torch.nested.nested_tensor([torch.randn(2, 5), torch.randn(3, 5)])
+    with pytest.raises(TypeError, match="x: expected a dense .* got a nested tensor"):
+        fd.temperature_softmax(nested)
+    with pytest.raises(TypeError, match="student_logits: expected a dense .* got a nested tensor"):
+        fd.kd_loss(nested, nested)

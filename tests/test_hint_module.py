@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from test_hint_values import features
+from torch import nn
 
 import fastdistill as fd
 from fastdistill.nn import HintLosses
@@ -90,3 +91,28 @@ def test_losses_refuse_the_wrong_number_of_layers():
         module([x, x], x)
     with pytest.raises(ValueError, match="mask: expected 2 tensors"):
         module([x, x], [x, x], mask=[None])
+
+
+def test_a_regressor_that_does_more_than_its_weight_is_refused():
+    """What its own forward, or a hook of it, would add, the fused loss would leave out."""
+
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Named(nn.Linear):
+        pass
+
+    hooked = nn.Linear(3, 4)
+    hooked.register_forward_hook(lambda module, inputs, output: 2 * output)
+    normed = nn.utils.spectral_norm(nn.Linear(3, 4))  # a hook before the forward
+    for regressor in (Scaled(3, 4), hooked, normed):
+        with pytest.raises(
+            TypeError, match=r"pairs\[0\]: regressor: expected a layer without hook"
+        ):
+            HintLosses([{"regressor": regressor}])
+    HintLosses([{"regressor": Named(3, 4)}])
+    parametrised = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+    x, t = torch.randn(5, 3), torch.randn(5, 4)
+    loss = HintLosses([{"regressor": parametrised}])([x], [t])
+    torch.testing.assert_close(loss, nn.functional.mse_loss(parametrised(x), t))

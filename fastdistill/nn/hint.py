@@ -163,6 +163,14 @@ def _regressor(name: str, pair: Mapping[str, Any]) -> nn.Module:
             f"{name}: regressor: expected nn.Linear, a convolution of kernel size 1 or None, got "
             f"{type(given).__name__}"
         )
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    known = type(given).forward in [kind.forward for kind in kinds]
+    # Its weight alone is used: what else its call would do, nobody would miss.
+    if not known or given._forward_hooks or given._forward_pre_hooks:
+        raise TypeError(
+            f"{name}: regressor: expected a layer without hooks or a forward of its own, got "
+            f"{type(given).__name__}; its weight and bias alone are used"
+        )
     if convolution:
         plain = all(
             value == (wanted,) * len(given.kernel_size)
