@@ -75,7 +75,7 @@ def _all(options: argparse.Namespace) -> int:
     return int(status)
 
 
-ALONE = ("clip_and_noise",)
+ALONE = ("clip_and_noise", "private")
 """Commands that measure by themselves and write their results with --json."""
 
 
@@ -100,6 +100,21 @@ def _clip_and_noise(options: argparse.Namespace) -> int:
     if options.json:
         _write(results, options.json)
     return int(privacy.wrong(results))
+
+
+def _private(options: argparse.Namespace) -> int:
+    from bench import private, private_models  # here: Opacus takes seconds to import
+
+    models = options.models or list(private_models.CASES)
+    if unknown := [m for m in models if m not in private_models.CASES]:
+        known = ", ".join(private_models.CASES)
+        print(f"private: expected models of {known}; got {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    threads = options.threads or sorted({torch.get_num_threads(), 1}, reverse=True)
+    results = private.measure(models, threads, options.quick, say, options.contenders)
+    if options.json:
+        _write(results, options.json)
+    return int(private.wrong(results))
 
 
 def _page(options: argparse.Namespace) -> int:
@@ -175,6 +190,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", type=Path, metavar="F", help="write the rows there")
     command.add_argument("--threads", type=_numbers, help="such as 2,1; default: all and 1")
     command.add_argument("--dtypes", type=_dtypes, default=["fp32", "bf16"], help="fp32,bf16")
+    command.add_argument("--quick", action="store_true", help="a glance: few repetitions")
+
+    text = "private training steps of three models beside non-private ones and Opacus's"
+    command = add("private", text, _private)
+    command.add_argument("--json", type=Path, metavar="F", help="write the rows there")
+    command.add_argument("--models", type=_names, help="such as mlp,transformer; default: all")
+    command.add_argument("--threads", type=_numbers, help="such as 2,1; default: all and 1")
+    command.add_argument("--contenders", type=_names, help="only these, with 'non-private'")
     command.add_argument("--quick", action="store_true", help="a glance: few repetitions")
 
     text = "docs/benchmarks.md with its pictures, and README's figures, from bench/results/*.json"

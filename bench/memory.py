@@ -38,6 +38,26 @@ def cpu_peak(op: Op, contender: str, shape: tuple[int, ...], dtype: str) -> floa
     return _in_fork(work)
 
 
+def rise(build: Callable[[], Callable[[], object]]) -> float | None:
+    """MB by which two steps rise above what there was once the step was built.
+
+    In a process of its own, as `cpu_peak`. What the first step keeps for the next ones counts.
+    """
+    if not STATUS.exists():
+        return None
+
+    def work() -> float:
+        step = build()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        step()
+        step()
+        return max(0.0, (_status("VmHWM") - before) / 1024)
+
+    return _in_fork(work)
+
+
 def cuda_peak(contender: Contender, x: Inputs) -> float:
     """MB of the caching allocator."""
     x.forget()
