@@ -89,7 +89,13 @@ def assert_close(got: Sequence[Tensor], want: Sequence[Tensor], limit: float = 1
     assert apart**0.5 <= limit * size**0.5, (apart**0.5, size**0.5)
 
 
-def by_samples(model, batch, norm=1.0, loss=nn.functional.cross_entropy, divide=8):
+def by_samples(
+    model: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    norm: float = 1.0,
+    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+    divide: float = 8,
+) -> list[Tensor]:
     """Micro-batches of one."""
     x, y = batch
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -131,7 +131,7 @@ class _Tap(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(*x[:inputs])
         ctx.book, ctx.name, ctx.layer, ctx.rule = book, name, layer, rule
-        return y.view_as(y)
+        return y.clone()  # not a view: torch lets nobody write into one that a Function has made
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -54,7 +54,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
       `expected_batch_size`, chosen without looking at the size of the data set.
 
     Not private, and not to be published: losses, the number of samples that were clipped or were
-    not finite, times, and whether an error was raised.
+    not finite, times, and whether an error was raised. A sample whose gradient is not finite
+    contributes zero; so does one with a float32 input of norm beyond 2^80.
 
     Args:
         accountant: "prv" or "rdp". "gdp" is refused: it is a central limit estimate, which lies

@@ -51,6 +51,19 @@ def rounding(samples: int, chunk: int) -> float:
     return (2.0**-24 * samples * (m + 5) + exact) * (1 + 2.0**-10)
 
 
+FAR = 2.0**80
+"""A float32 input of larger norm counts as not finite where T = 1: its factor times the output's
+gradient would be below float32's normal numbers and lose the bits that the bounds are of."""
+
+
+def twice(terms: int, like: Tensor) -> float:
+    """By how much, in units of sum_t |a_t| |g_t|, a product can differ from itself made again.
+
+    The library may take another order for another alignment or batch; each errs by n u.
+    """
+    return 2 * (terms + 2) * torch.finfo(like.dtype).eps / 2
+
+
 def wide(x: Tensor) -> Tensor:
     """In the type that sums are taken in."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
@@ -197,7 +210,10 @@ class Product(Gradient):
     def square(self) -> Tensor:
         """Square norms, float64 [B]."""
         if self.method == "outer":
-            return square_norms(self.a) * square_norms(self.g)
+            a = square_norms(self.a)
+            if self.a.dtype is torch.float32:
+                a = torch.where(a > FAR**2, torch.inf, a)
+            return a * square_norms(self.g)
         if self.made is not None:
             return square_norms(self.made)
         if self.method == "gram":
@@ -205,7 +221,7 @@ class Product(Gradient):
         out = torch.zeros(self.samples, dtype=torch.float64, device=self.a.device)
         for _, tile in self._tiles(slice(None)):
             out += square_norms(tile)
-        return out
+        return (out.sqrt() + twice(self.rows, self.a) * self.reach()).square()
 
     def reach(self) -> Tensor:
         """sum_t |a_t| |g_t|, float64 [B]: what the product could be if nothing cancelled."""
@@ -334,25 +350,35 @@ class Convolution(Gradient):
         self.made: Tensor | None = None
         if workspace.fits(self.samples * shape.numel(), self.x):
             self.made = workspace.take(key, (self.samples, *shape), self.x)
-        self._square = torch.cat(  # while a slab is in the cache
-            [
-                square_norms(self._products(some, None if self.made is None else self.made[some]))
-                for some in self._slabs(slice(0, self.samples))
-            ]
-        )
+        slabs = self._slabs(slice(0, self.samples))
+        self._square = torch.cat([self._first(some) for some in slabs])
+
+    def _first(self, some: slice) -> Tensor:
+        """The products, kept where they are to be, and their square norms while in the cache."""
+        if self.made is not None:
+            return square_norms(self._products(some, self.made[some]))
+        norm = square_norms(self._products(some)).sqrt()
+        patches, g = self._pairs(some)
+        sizes = [torch.linalg.vector_norm(t, dim=1, dtype=torch.float64) for t in (patches, g)]
+        reach = (sizes[0] * sizes[1]).sum(1).view(-1, self.groups).sum(1)
+        return (norm + twice(g.shape[2], g) * reach).square()
 
     def _slabs(self, part: slice) -> Iterator[slice]:
         for i in range(part.start, part.stop, self.step):
             yield slice(i, min(i + self.step, part.stop))
 
-    def _products(self, some: slice, out: Tensor | None = None) -> Tensor:
+    def _pairs(self, some: slice) -> tuple[Tensor, Tensor]:
+        """Unfolded inputs [b groups, C k / groups, L] and output gradients [b groups, ..., L]."""
         patches = self.unfold(self.x[some])  # [b, C k, L]
         b, _, length = patches.shape
         patches = patches.reshape(b * self.groups, -1, length)
-        g = self.g[some].reshape(b * self.groups, -1, length)
+        return patches, self.g[some].reshape(b * self.groups, -1, length)
+
+    def _products(self, some: slice, out: Tensor | None = None) -> Tensor:
+        patches, g = self._pairs(some)
         if out is None:
-            return torch.bmm(g, patches.mT).view(b, *self.shape)
-        torch.bmm(g, patches.mT, out=out.view(b * self.groups, g.shape[1], -1))
+            return torch.bmm(g, patches.mT).view(-1, *self.shape)
+        torch.bmm(g, patches.mT, out=out.view(len(g), g.shape[1], -1))
         return out
 
     def square(self) -> Tensor:

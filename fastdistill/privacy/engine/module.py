@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastdistill.privacy.engine import layers
 from fastdistill.privacy.engine.capture import Book, Use, patch, unpatch
+from fastdistill.privacy.engine.exact import full_precision
 from fastdistill.privacy.engine.gradients import Gradient, Piece, Workspace, combine
 
 logger = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ class PrivateModule(GradSampleModuleFastGradientClipping):
                 "holds it, or in evaluation mode; its gradient is not known for each sample"
             )
         self._workspace.start()
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(loss.device):
             pieces = self._pieces(uses, samples)
             return {p: combine(some, self._workspace, p) for p, some in pieces.items()}
 

@@ -11,6 +11,7 @@ from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processe
 from torch import Tensor
 
 from fastdistill.privacy import mechanism, release, source
+from fastdistill.privacy.engine.exact import full_precision
 from fastdistill.privacy.engine.gradients import Gradient
 from fastdistill.privacy.engine.settings import Settings
 from fastdistill.privacy.sums import add_noise_
@@ -137,17 +138,21 @@ class PrivateOptimizer(DPOptimizer):
                 f"{self.settings.most}, which chance does not exceed)"
             )
         plan = self._plan()
-        parameters = self.params
-        used = [gradients.get(p) for p in parameters]
-        factors = self._factors(used, plan, samples)
+        used = [gradients.get(p) for p in self.params]
         self._samples += samples
-        self._sums = []
-        for p, gradient, factor in zip(parameters, used, factors, strict=True):
+        with full_precision(self.params[0].device):
+            factors = self._factors(used, plan, samples)
+            self._sums = [
+                self._total(p, gradient, factor)
+                for p, gradient, factor in zip(self.params, used, factors, strict=True)
+            ]
+
+    def _total(self, p: Tensor, gradient: Gradient | None, factor: Tensor | None) -> Tensor:
+        """The sum of the clipped gradients of one parameter."""
+        if gradient is None or factor is None:
             dtype = p.dtype if p.dtype is torch.float64 else torch.float32
-            if gradient is None or factor is None:
-                self._sums.append(torch.zeros(p.shape, dtype=dtype, device=p.device))
-            else:
-                self._sums.append(gradient.total(factor, self.settings.chunk).view(p.shape))
+            return torch.zeros(p.shape, dtype=dtype, device=p.device)
+        return gradient.total(factor, self.settings.chunk).view(p.shape)
 
     def _factors(
         self, used: Sequence[Gradient | None], plan: mechanism.Mechanism, samples: int

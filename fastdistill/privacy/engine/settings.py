@@ -17,6 +17,11 @@ _LOST = 0.01
 """What the rounding of float32 sums may cost of the clip norm before sums are taken in chunks."""
 
 
+SMALLEST = 2.0**-32
+"""The smallest clip norm: what float32's smallest numbers are rounded by (`gradients.FAR`) is then
+inside the bound for sums."""
+
+
 def most_samples(expected: float) -> int:
     """A size that a logical batch of `expected` samples exceeds with probability below 1e-15.
 
@@ -71,7 +76,10 @@ class Settings:
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float) -> None:
-        self._max_grad_norm = release.clip_norm(value)
+        norm = release.clip_norm(value)
+        if norm < SMALLEST:
+            raise ValueError(f"max_grad_norm: expected a number >= 2^-32, got {norm}")
+        self._max_grad_norm = norm
 
     def norms(self, parameters: int) -> list[float]:
         """With clipping per layer: what each parameter is clipped to, as shares of 1."""
