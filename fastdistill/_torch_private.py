@@ -18,6 +18,8 @@ _transform_active = getattr(torch._C, "_are_functorch_transforms_active", None)
 _level = getattr(torch._C._functorch, "maybe_current_level", None)  # torch.compile can trace it
 _keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
 _batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", None)
+_dispatch_mode = getattr(torch._C, "_get_dispatch_mode", None)
+_mode_keys: Any = getattr(torch._C, "_TorchDispatchModeKey", None)
 _fake: Any = getattr(torch._subclasses, "FakeTensor", None)
 
 
@@ -33,14 +35,13 @@ def transforms_active() -> bool:
 def has_values(x: Tensor) -> bool:
     """The values of this tensor may be looked at, and that costs no synchronisation.
 
-    Not on a GPU, not under torch.compile or a functorch transform, and there are none in the fake
-    tensors that shapes and memory are worked out with.
+    Not on a GPU, not under torch.compile, make_fx or a functorch transform, and there are none in
+    the fake tensors that shapes and memory are worked out with.
     """
-    return (
-        x.device.type == "cpu"
-        and not (torch.compiler.is_compiling() or transforms_active())
-        and not (_fake is not None and isinstance(x, _fake))
-    )
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or transforms_active():
+        return False
+    traced = _dispatch_mode is not None and _dispatch_mode(_mode_keys.PROXY) is not None
+    return not traced and not (_fake is not None and isinstance(x, _fake))
 
 
 def may_overwrite(grad_output: Tensor) -> bool:

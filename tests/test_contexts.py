@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.functional import jacobian
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastdistill as fd
 from fastdistill.hint import attention_kl, attention_transfer
@@ -127,6 +128,26 @@ def test_contexts_fake_tensors(host_backend):
                 assert got.dtype is result_type(name, dtype), name
                 for x, g in zip(leaves, grads, strict=True):
                     assert g is None or (g.shape == x.shape and g.dtype is x.dtype), name
+
+
+def traced(function, leaves, mode):
+    def of_leaves(*leaves):  # make_fx counts the others among a function's parameters too
+        return function(*leaves)
+
+    return make_fx(of_leaves, tracing_mode=mode, _allow_non_fake_inputs=True)(*leaves)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_contexts_traced_graphs(host_backend, mode):
+    """make_fx records the ops, whatever values it records them with."""
+    for name, (function, leaves) in calls(F32, host_backend == "reference").items():
+        if name.startswith(("kd", "temperature", "hint", "attention")):
+            leaves = [x.detach() for x in leaves]
+            graph = traced(function, leaves, mode)
+            others = [x * 0.5 for x in leaves]
+            torch.testing.assert_close(
+                graph(*others), function(*others), msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def test_contexts_fake_outputs_are_laid_out_as_real_ones(host_backend):

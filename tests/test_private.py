@@ -5,6 +5,7 @@ A torch release that moves one fails here by name, and not as a wrong gradient s
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastdistill import _torch_private
 
@@ -15,6 +16,8 @@ def test_the_names_are_there():
     assert _torch_private._keep_graph is not None
     assert _torch_private._batched is not None
     assert _torch_private._fake is not None
+    assert _torch_private._dispatch_mode is not None
+    assert hasattr(_torch_private._mode_keys, "PROXY")
     assert hasattr(torch.autograd.forward_ad, "_current_level")
 
 
@@ -64,7 +67,8 @@ def test_tensors_without_values_are_seen():
     assert not _torch_private.has_values(torch.ones(2, device="meta"))
     seen = []
     torch.func.vmap(lambda x: (seen.append(_torch_private.has_values(x)), x)[1])(torch.ones(2))
-    assert seen == [False]
+    make_fx(lambda x: (seen.append(_torch_private.has_values(x)), x)[1])(torch.ones(2))
+    assert seen == [False, False] and _torch_private.has_values(torch.ones(2))
 
 
 def test_a_product_of_bfloat16_matrices_in_float32():
