@@ -206,7 +206,10 @@ def pair(count: int, cols: int, types: tuple[torch.dtype, torch.dtype]) -> tuple
 
 
 def some_labels(count: int, cols: int) -> Tensor:
-    return torch.randint(0, cols, (count,))
+    """The first and the last class among them: chance seldom draws them."""
+    labels = torch.randint(0, cols, (count,))
+    labels[:1], labels[1:2] = 0, cols - 1
+    return labels
 
 
 # ----------------------------------------------------------------------------------------------
