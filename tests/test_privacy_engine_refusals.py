@@ -138,3 +138,15 @@ def test_engine_refuses_what_it_cannot_tell_apart():
     with pytest.raises(RuntimeError, match="evaluation mode"):
         model.eval()
         criterion(model(x), y).backward()
+
+
+def test_engine_refuses_what_is_distributed():
+    from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
+
+    class Wrapped(DifferentiallyPrivateDistributedDataParallel):
+        def __init__(self):  # without a process group
+            nn.Module.__init__(self)
+            self.module = nn.Linear(3, 2)
+
+    with pytest.raises(ValueError, match="module: expected one that is not distributed, got Wrap"):
+        private(model=Wrapped())

@@ -315,3 +315,35 @@ def test_engine_adds_up_in_chunks():
         optimizer.settings.chunk = chunk
         got.append(step(module, optimizer, criterion, x, y))
     torch.testing.assert_close(got[0], got[1], rtol=1e-5, atol=1e-6)
+
+
+def test_engine_modules_can_be_copied_and_saved(tmp_path):
+    """A copy (an average of weights, say) reports to a book of its own; a pickle loads."""
+    _, module, optimizer, criterion, _ = private(seed=1)
+    x, y = torch.randn(4, 5), torch.randint(3, (4,))
+    other = copy.deepcopy(module)
+    torch.save(module, tmp_path / "module.pt")
+    loaded = torch.load(tmp_path / "module.pt", weights_only=False)
+    for twin in (other, loaded):
+        assert twin._book is not module._book and twin._book.model is twin
+        torch.testing.assert_close(twin(x), module(x))
+        with pytest.raises(RuntimeError, match="call the criterion"):
+            twin(x).sum().backward()
+        twin.eval()
+        point = x.clone().requires_grad_()
+        twin(point).sum().backward()  # in evaluation mode it is an ordinary model
+        assert point.grad is not None
+    before = [p.detach().clone() for p in other.parameters()]
+    step(module, optimizer, criterion, x, y)
+    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
+
+
+def test_engine_can_be_called_again_on_what_it_made():
+    """Phases of training: another noise, the same model, one account."""
+    engine, module, optimizer, _, loader = private(noise_multiplier=1.0)
+    again = private(engine=engine, model=module, optimizer=optimizer, noise_multiplier=2.0)
+    assert again[1] is module and again[2].original_optimizer is optimizer.original_optimizer
+    assert module.max_grad_norm == again[2].max_grad_norm
+    x, y = torch.randn(4, 5), torch.randint(3, (4,))
+    step(*again[1:4], x, y)
+    assert engine.accountant.history == [(2.0, 0.125, 1)]

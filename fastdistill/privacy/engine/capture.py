@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -56,7 +56,7 @@ class Book:
     def __init__(self) -> None:
         self._uses: list[Use] | None = None
         self.on = True  # False: layers behave as if nothing had been changed
-        self.training: Callable[[], bool] = lambda: True  # of the model that they belong to
+        self.model: nn.Module | None = None  # whose layers report here
 
     def __enter__(self) -> list[Use]:
         if self._uses is not None:
@@ -76,10 +76,10 @@ class Book:
             )
         self._uses.append(use)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Book:
-        copy = Book()
-        memo[id(self)] = copy
-        return copy
+    def watches(self, layer: nn.Module) -> bool:
+        """Whether the layer's pass is to be kept: in training, of the layer or of the model."""
+        training = layer.training or self.model is None or self.model.training
+        return self.on and torch.is_grad_enabled() and training
 
 
 class _Keep(torch.autograd.Function):
@@ -108,8 +108,7 @@ class _Keep(torch.autograd.Function):
 
 def _forward(layer: nn.Module, book: Book, name: str, rule: Rule, x: Tensor) -> Tensor:
     parameters = [p for p in layer.parameters() if p.requires_grad]
-    watched = book.on and torch.is_grad_enabled() and (layer.training or book.training())
-    if not (watched and parameters):
+    if not (parameters and book.watches(layer)):
         return type(layer).forward(layer, x)
     y: Tensor = _Keep.apply(rule.prepare(layer, x), book, name, layer, rule, *parameters)
     return y
@@ -160,8 +159,7 @@ def _forward_sampled(
     layer: nn.Module, book: Book, name: str, rule: Rule, *inputs: Any, **kwargs: Any
 ) -> Any:
     parameters = [p for p in layer.parameters() if p.requires_grad]
-    watched = book.on and torch.is_grad_enabled() and (layer.training or book.training())
-    if not (watched and parameters):
+    if not (parameters and book.watches(layer)):
         return type(layer).forward(layer, *inputs, **kwargs)
     where = f"module: {name or 'the module'} ({type(layer).__name__})"
     if kwargs or not all(isinstance(x, Tensor) for x in inputs):

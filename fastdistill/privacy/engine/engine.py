@@ -14,6 +14,7 @@ from opacus.accountants import create_accountant
 from opacus.accountants.utils import get_noise_multiplier
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -380,10 +381,17 @@ _SAMPLING = 0x706F6973
 """Makes the seed of a reproducible sampler another than that of the noise."""
 
 
+_DISTRIBUTED = (
+    DistributedDataParallel,
+    DifferentiallyPrivateDistributedDataParallel,
+    FSDPModule,
+)
+
+
 def _refuse(module: nn.Module, optimizer: torch.optim.Optimizer, wrap_model: bool) -> None:
     if not wrap_model:
         raise ValueError(f'wrap_model: expected True with grad_sample_mode="{MODE}", got False')
-    if isinstance(module, DistributedDataParallel | DifferentiallyPrivateDistributedDataParallel):
+    if isinstance(module, _DISTRIBUTED):
         raise ValueError(
             f"module: expected one that is not distributed, got {type(module).__name__}: "
             f'grad_sample_mode="{MODE}" does not add up over processes yet'

@@ -76,7 +76,7 @@ class PrivateModule(GradSampleModuleFastGradientClipping):
         """Patch the layers."""
         self.autograd_grad_sample_hooks: list[Any] = []
         self._patched: list[nn.Module] = []
-        self._book.training = lambda: self.training
+        self._book.model = self
         for name, layer in _layers(self._module):
             rule, how = layers.find(layer, name, self.batch_first)
             self.samplers[name] = how
