@@ -23,7 +23,7 @@ class Numbers(NamedTuple):
     """What the second pass is given beside tensors."""
 
     kind: int
-    key: list[int]  # 8 words
+    key: Tensor  # 8 words, on the CPU; a tensor, so that no traceback prints it
     counter: tuple[int, int, int]  # of the parameter
     fine: float  # 1.5 2^52 times the grids
     grid: float
@@ -73,7 +73,7 @@ def clip_and_noise(
         first += n
     norm = squares.sum(1).sqrt() / unit
     factors = torch.where(norm.isfinite(), (clip / (norm + EPS)).clamp(max=1), 0.0)
-    numbers = Numbers(kind, key.tolist(), (0, 0, 0), _MAGIC * fine, _MAGIC * grid, scale, inverse)
+    numbers = Numbers(kind, key, (0, 0, 0), _MAGIC * fine, _MAGIC * grid, scale, inverse)
     for parameter, (x, y) in enumerate(zip(rows, released, strict=True)):
         if y.numel():
             words = counter(Source(kind, key, stream), GRADIENT_NOISE, parameter)
@@ -93,7 +93,7 @@ def add_noise_(
 ) -> None:
     """The op `fastdistill::add_noise_`: each sum is the one sample of its tensor."""
     one = torch.ones(1, dtype=torch.float64, device=sums[0].device) if sums else None
-    numbers = Numbers(kind, key.tolist(), (0, 0, 0), 0.0, _MAGIC * grid, scale, inverse)
+    numbers = Numbers(kind, key, (0, 0, 0), 0.0, _MAGIC * grid, scale, inverse)
     for parameter, x in enumerate(sums):
         if one is not None and x.numel():
             words = counter(Source(kind, key, stream), GRADIENT_NOISE, parameter)

@@ -46,7 +46,7 @@ def _release(x: Tensor, factors: Tensor, out: Tensor, numbers: gpu.Numbers) -> N
         factors=factors.data_ptr(),
         out=out.data_ptr(),
         generator=numbers.kind,
-        key=numbers.key,
+        key=numbers.key.tolist(),
         counter=numbers.counter,
         fine=numbers.fine,
         grid=numbers.grid,

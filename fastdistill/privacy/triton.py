@@ -233,12 +233,12 @@ _UNROLL = 4
 
 
 @cache
-def _warps(device: torch.device) -> int:
-    return 2 if architecture(device) == "gfx9" else 4  # there a warp has 64 lanes
-
-
-def _options(device: torch.device, fused: bool) -> dict[str, Any]:
-    return {"num_warps": _warps(device), "num_stages": 1, "enable_fp_fusion": fused}
+def _options(device: torch.device, fused: bool, empty: bool = False) -> dict[str, Any]:
+    options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": fused}
+    if architecture(device) == "gfx9":
+        return {**options, "num_warps": 2}  # of 64 lanes
+    # For noise alone ptxas (of Triton 3.9) spills for the sake of 72 registers.
+    return {**options, "maxnreg": 96} if empty else options
 
 
 def _vector(x: Tensor, out: Tensor) -> int:
@@ -262,11 +262,12 @@ def _release(x: Tensor, factors: Tensor, out: Tensor, numbers: gpu.Numbers) -> N
     vec = _vector(x, out)
     with torch.cuda.device_of(x):
         _release_kernel[(triton.cdiv(x.shape[1], _RELEASE_BLOCK),)](
-            x, factors, out, x.shape[1], x.shape[0], x.stride(0), *numbers.key, *numbers.counter,
+            x, factors, out, x.shape[1], x.shape[0], x.stride(0),
+            *numbers.key.tolist(), *numbers.counter,
             numbers.fine, numbers.grid, numbers.scale, numbers.inverse,
             KIND=numbers.kind, EMPTY=x.shape[0] == 0,
             UNROLL=_UNROLL, VEC=vec, LANES=_RELEASE_BLOCK // vec,
-            **_options(x.device, False),
+            **_options(x.device, False, x.shape[0] == 0),
         )  # fmt: skip
 
 
