@@ -156,7 +156,8 @@ def check_formula(of: Engine) -> None:
         (Twice().double(), *records(7, 6)),
         (CNN().double(), *records(4, 2, 7, 6, outputs=(4,))),
         (Tied().double(), tokens, records(5, outputs=(6, 7))[1]),
-        (Transformer(length=6).double(), tokens, records(5, outputs=(6, 13))[1]),
+        (Tied().double(), torch.randint(7, (3, 40)), records(3, outputs=(40, 7))[1]),
+        (Transformer(length=6, padding=2).double(), tokens, records(5, outputs=(6, 13))[1]),
         (Transformer(length=40).double(), *_long(3, 40)),
     ):
         want = by_samples(model, (x, w), 0.7, loss=lambda out, w: (out * w).sum(), divide=EXPECTED)
@@ -239,12 +240,20 @@ def check_neighbours(of: Engine) -> None:
         alone, both = run.sums(x, w), run.sums(torch.cat([x, one]), torch.cat([w, weight]))
         apart = joint_norm(*(a - b for a, b in zip(alone, both, strict=True)))
         assert 0.99 < apart <= run.room(1.0), apart
+    run = Run(of, nn.Linear(1, 1, bias=False), sigma=1.0)
+    for _ in range(40):  # all rounded anew when a record comes first
+        x, w = torch.ones(60, 1), 0.5 + torch.rand(60, 1)
+        w[0] = 9.0
+        (alone,), (both,) = run.sums(x[1:], w[1:]), run.sums(x, w)
+        assert (both - alone).abs() <= run.room(1.0), float(both - alone)
 
 
-def cancelling(length: int, inputs: int, outputs: int, eps: float) -> tuple[Tensor, Tensor]:
+def cancelling(
+    length: int, inputs: int, outputs: int, eps: float, size: float = 1e4
+) -> tuple[Tensor, Tensor]:
     """Rows in pairs that all but cancel: what is left is as small as the rounding of a product."""
-    a = torch.randn(1, length // 2, inputs) * 1e4
-    g = torch.randn(1, length // 2, outputs) * 1e4
+    a = torch.randn(1, length // 2, inputs) * size
+    g = torch.randn(1, length // 2, outputs) * size
     return (
         torch.cat([a, a * (1 + eps * torch.randn_like(a))], 1),
         torch.cat([g, -g * (1 + eps * torch.randn_like(g))], 1),
@@ -254,12 +263,15 @@ def cancelling(length: int, inputs: int, outputs: int, eps: float) -> tuple[Tens
 def check_cancellation(of: Engine) -> None:
     """What cancels inside a record: its norm is never less than that of what is added."""
     for length in (2, 8, 30, 64):
-        sizes = [(32, 32, 1e-7), (48, 40, 0.0), (3, 3, 1e-9), *[(5, 4, 1e-7)] * 12]
+        sizes = [(32, 32, 1e-7), (48, 40, 0.0), (3, 3, 1e-9)]
+        sizes += 6 * [(32, 32, 1e-5)] + 12 * [(5, 4, 1e-7)]
         for inputs, outputs, eps in sizes:
             x, w = cancelling(length, inputs, outputs, eps)
             run = Run(of, nn.Linear(inputs, outputs, bias=False), sigma=1.0, memory_budget=0)
-            (got,) = run.sums(x, w)
-            assert got.norm() <= run.room(1.0), (length, inputs, float(got.norm()))
+            far = cancelling(length, inputs, outputs, 0.0, 1e15)
+            for record in ((x, w), far):
+                (got,) = run.sums(*record)
+                assert got.norm() <= run.room(1.0), (length, inputs, float(got.norm()))
             # By what the sum is of, not only by what has been computed of it.
             exact = (w.double().mT @ x.double())[0]
             taken = _factor_of(run, x, w) * exact
@@ -418,6 +430,15 @@ def check_noise(of: Engine) -> None:
                 assert not correlated(a, b), "two parameters or steps share noise"
 
 
+def check_secrecy(of: Engine) -> None:
+    """Without a generator, no seed of torch's repeats the noise."""
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(4)
+        drawn.append(Run(of, wide_model(), 1.0).step(*zeros())[0])
+    assert not torch.equal(*drawn)
+
+
 def check_per_layer(of: Engine) -> None:
     """Each parameter gets C / sqrt(L), together C; what a layer does not use stays unused."""
     model = mlp()
@@ -443,6 +464,7 @@ def check_schedule(of: Engine) -> None:
         c = start * factor
         assert math.isclose(run.optimizer.max_grad_norm, c)
         assert math.isclose(run.module.max_grad_norm, c)
+        run.module.max_grad_norm = c = c / 2
         assert 0.99 * c < joint_norm(*run.sums(x, w)) <= c
         for got in run.step(*zeros()):
             assert_normal(got / (2.0 * c / EXPECTED))
@@ -594,6 +616,21 @@ def check_refusals(of: Engine) -> None:
     run.optimizer.zero_grad()
     run.optimizer.max_grad_norm = 0.1  # in the middle of a logical batch
     _refused(lambda: run.backward(x, w))
+    run = Run(of, mlp(), 1.0)
+    _refused(lambda: run.backward(*records(80, 6)))  # of 8 expected
+    run = Run(of, Outside(), 1.0)
+    _refused(lambda: run.backward(torch.randn(3, 5), torch.randn(3, 5)))
+
+
+class Outside(nn.Module):
+    """A weight that is used where no layer sees it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.layer(x), self.layer.weight)
 
 
 def _refused(call: Callable[[], Any]) -> None:
@@ -636,7 +673,7 @@ def check_audit(of: Engine) -> None:
 
 CHECKS = [
     check_formula, check_sensitivity, check_neighbours, check_cancellation,
-    check_cancellation_of_convolutions, check_far, check_tied,
-    check_replay, check_not_finite, check_virtual, check_noise, check_per_layer, check_schedule,
-    check_rollback, check_sampler, check_loader, check_accountant, check_refusals, check_audit,
+    check_cancellation_of_convolutions, check_far, check_tied, check_replay, check_not_finite,
+    check_virtual, check_noise, check_secrecy, check_per_layer, check_schedule, check_rollback,
+    check_sampler, check_loader, check_accountant, check_refusals, check_audit,
 ]  # fmt: skip
