@@ -37,6 +37,8 @@ KERNELS = {
     "log softmax": ("SoftmaxPass<float>::forward<true>(", 4),
     "softmax backward": ("SoftmaxPass<float>::backward<false>(", 4),
     "log softmax backward": ("SoftmaxPass<float>::backward<true>(", 4),
+    "log softmax, few": ("SoftmaxPass<float>::forward_tile<true>(", 4),
+    "softmax few, backward": ("SoftmaxPass<float>::backward_tile<false>(", 4),
     "hint distance": ("HintPass<float>::row(", 4),
     "load": ("load<float>(", 4),
     "store": ("store<float>(", 4),

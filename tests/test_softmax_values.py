@@ -5,6 +5,7 @@ import torch
 from budget import assert_within
 
 import fastdistill as fd
+from fastdistill import _native
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = (F32, F64, BF16, F16)
@@ -61,6 +62,28 @@ def test_softmax_values_and_grads(backend, dtype, function):
     for shape in ((1, 1), (3, 2), (5, 33), (70, 10), (2, 3, 100), (3, 2048), (3, 2049), (2, 6000)):
         for temperature in (1.0, 2.5, temperatures(shape[:-1])):
             check(backend, function, logits(shape, dtype), temperature, logits(shape, dtype, 1.0))
+
+
+@pytest.mark.skipif(_native.cpu().module is None, reason=str(_native.cpu().reason))
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_softmax_few_classes_on_the_cpu(function, dtype):
+    """16 rows at once: whole groups and the rest of one, widths around a vector and the bounds."""
+    for shape in ((17, 1), (37, 15), (16, 16), (5, 96), (33, 112), (18, 191), (16, 192), (3, 193)):
+        check("cpu", function, logits(shape, dtype), 2.5, logits(shape, dtype, 1.0))
+    x, grad = logits((600, 100), dtype), logits((600, 100), dtype, 1.0)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run("cpu", function, x, 2.5, grad)[:2])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    alone = run("cpu", function, x[7:8], 2.5, grad[7:8])
+    assert torch.equal(alone[0], results[0][0][7:8])  # no row knows of its neighbours
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

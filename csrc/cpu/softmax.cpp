@@ -1,6 +1,8 @@
 // The drivers of the softmax kernels: arithmetic, threads, pages.
 #include "softmax.h"
 
+#include <algorithm>
+
 #include "parallel.h"
 
 namespace fd {
@@ -14,16 +16,25 @@ bool in_double(const SoftmaxRows& a) {
   return false;
 }
 
+// One temperature for all rows, or a tensor of nothing but that.
+bool one_temperature(const SoftmaxRows& a) {
+  if (a.uniform) return true;
+  return std::all_of(a.temperature, a.temperature + a.rows,
+                     [&](double t) { return t == a.temperature[0]; });
+}
+
 template <class Args, class Kernel>
 void run(const SoftmaxKernels& kernels, Kernel kernel, Args& args, void* out, int threads) {
   SoftmaxRows& a = args.of;
   if (a.rows == 0) return;
+  a.uniform = one_temperature(a);
   a.wide = in_double(a);
   const int64_t bytes = a.rows * a.cols * item_bytes(a.x.type);
   if (bytes >= kHugePageBytes) advise_huge_pages(out, bytes);
   if (a.rows * a.cols < kSerialElements) threads = 1;
+  const int64_t group = a.cols <= kSoftmaxFew ? 16 : 1;
   parallel_chunks_with_scratch(
-      a.rows, 1, threads, kernels.scratch_bytes(a),
+      a.rows, group, threads, kernels.scratch_bytes(a),
       [&](char* scratch, int64_t begin, int64_t end) { kernel(args, begin, end, scratch); });
 }
 

@@ -4,6 +4,8 @@
 
 namespace fd {
 
+constexpr int64_t kSoftmaxFew = 192;  // classes up to which 16 rows at once are faster
+
 // What forward and backward share: y = softmax(x / T), or its logarithm, row by row.
 struct SoftmaxRows {
   Rows x;

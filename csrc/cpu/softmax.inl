@@ -1,15 +1,36 @@
 // softmax(x / T) or its logarithm for a range of rows, and the gradients of x and T.
 // Included once per instruction set, inside that set's namespace.
 //
-// A row is read from memory once, in blocks of classes; what is read again comes from the caches.
+// Rows of few classes go kLanes at once, a row to a lane (tile.inl): nothing is padded, nothing is
+// folded, and what a row costs beside its classes is shared by vectors. Others go one at a time: a
+// row is read from memory once, in blocks of classes; what is read again comes from the caches.
 // The forward pass takes the exponentials of a block at the block's own maximum, and rescales them
 // when the row's is known. The backward pass takes them anew, at the maximum and the sum that the
 // forward pass has left: so the probabilities are exact in every element type, where an output
 // rounded to bfloat16 would give them with an error of 0.4 %, and its exponential with one of 3 %.
 #pragma once
-#include "lanes.inl"
+#include "tile.inl"
 
 constexpr int64_t kSoftmaxBlock = 2048;  // classes: inputs, exponentials and output fit in L1
+constexpr int64_t kSoftmaxPiece = 64;    // classes of a tile that are summed in R
+
+// Whether rows go kLanes at once: they have one temperature.
+template <class R>
+FD_INLINE bool softmax_few(const SoftmaxRows& a) {
+  return sizeof(R) == 4 && a.uniform && a.cols <= kSoftmaxFew;
+}
+
+// The backward pass has a transpose more, and none is needed of a gradient of T, summed in double.
+template <class R>
+FD_INLINE bool softmax_few(const SoftmaxGradArgs& f) {
+  const bool in_place = f.of.x.type == Type::f32 && f.of.cols % kLanes == 0;
+  return softmax_few<R>(f.of) && !f.grad_temperature && !(in_place && f.of.cols > 96);
+}
+
+template <class R>
+FD_INLINE bool softmax_few(const SoftmaxArgs& f) {
+  return softmax_few<R>(f.of);
+}
 
 template <class R>
 static R block_maximum(const R* __restrict x, int64_t n) {
@@ -95,7 +116,7 @@ FD_INLINE void put_statistic(void* stats, bool is_double, int64_t i, double valu
 template <class R>
 struct SoftmaxBuffers {
   R* e;               // [cols]: its exponentials
-  R *x, *g, *out;     // [block]
+  R *x, *g, *out;     // [block]; x and g of few classes [cols, kLanes]
   double *top, *sum;  // [blocks]: maxima and sums of the exponentials, then the factors
 };
 
@@ -108,10 +129,12 @@ static SoftmaxBuffers<R> softmax_buffers(const SoftmaxRows& a, void* scratch, si
     return p;
   };
   const int64_t size = sizeof(R), blocks = (a.cols + kSoftmaxBlock - 1) / kSoftmaxBlock;
+  const int64_t tile = softmax_few<R>(a) ? a.cols * kLanes : 0;
+  const int64_t inputs = tile > kSoftmaxBlock ? tile : kSoftmaxBlock;
   SoftmaxBuffers<R> b;
   b.e = reinterpret_cast<R*>(take(padded(a.cols) * size));
-  b.x = reinterpret_cast<R*>(take(kSoftmaxBlock * size));
-  b.g = reinterpret_cast<R*>(take(kSoftmaxBlock * size));
+  b.x = reinterpret_cast<R*>(take(inputs * size));
+  b.g = reinterpret_cast<R*>(take(inputs * size));
   b.out = reinterpret_cast<R*>(take(kSoftmaxBlock * size));
   b.top = reinterpret_cast<double*>(take(blocks * 8));
   b.sum = reinterpret_cast<double*>(take(blocks * 8));
@@ -238,8 +261,152 @@ struct SoftmaxPass {
     }
   }
 
+  // ---- kLanes rows at once, a row to a lane; x and g become what is written.
+
+  // The rows of a tile; of fewer than kLanes the last one again.
+  void load_rows(const Rows& rows, int64_t row, int count, R* to) const {
+    const char* at[kLanes];
+    for (int j = 0; j < kLanes; j++)
+      at[j] = row_start(rows, row + (j < count ? j : count - 1), a.inner);
+    load_tile(rows.type, at, a.cols, to);
+  }
+
+  // The rows after a tile, and those that it will write: asked for while it computes.
+  Ahead tile_after(const Rows& rows, int64_t row) const {
+    const int64_t bytes = size_of(rows.type);
+    return {row_start(rows, row, a.inner) + kLanes * rows.step * bytes, bytes};
+  }
+  Ahead tile_of(void* y, int64_t row) const {
+    const int64_t bytes = size_of(a.x.type);
+    return {static_cast<char*>(y) + row * a.cols * bytes, bytes};
+  }
+
+  void put_rows(void* y, int64_t row, int count, const R* from) const {
+    char* at[kLanes];
+    for (int j = 0; j < kLanes; j++)
+      at[j] = static_cast<char*>(y) + (row + j) * a.cols * size_of(a.x.type);
+    store_tile(a.x.type, at, count, a.cols, from);
+  }
+
+  template <bool LOG>
+  void forward_tile(const SoftmaxArgs& f, int64_t row, int count, const Tempered<R>& t) const {
+    const int64_t n = a.cols * kLanes, piece = kSoftmaxPiece * kLanes;
+    R* __restrict x = w.x;
+    load_rows(a.x, row, count, x);
+    Lanes<R> m, base, scale;
+    m.fill(-static_cast<R>(__builtin_inf()));
+    for (int64_t i = 0; i < n; i += kLanes) {
+#pragma omp simd
+      for (int j = 0; j < kLanes; j++) m.at[j] = larger(x[i + j], m.at[j]);
+    }
+    for (int j = 0; j < kLanes; j++)
+      base.at[j] = m.at[j] == -static_cast<R>(__builtin_inf()) ? R(0) : m.at[j];
+    const Ahead next = tile_after(a.x, row), to = tile_of(f.y, row);
+    Lanes<double> sum;
+    sum.fill(0);
+    for (int64_t first = 0; first < n; first += piece) {
+      const int64_t end = first + piece < n ? first + piece : n;
+      Lanes<R> part;
+      part.fill(R(0));
+      for (int64_t i = first; i < end; i += kLanes) {
+        __builtin_prefetch(next.data + i * next.bytes, 0, 2);
+        __builtin_prefetch(to.data + i * to.bytes, 1, 2);
+#pragma omp simd
+        for (int j = 0; j < kLanes; j++) {
+          const R v = t.exp(x[i + j] - base.at[j]);
+          if (!LOG) x[i + j] = v;
+          part.at[j] += v;
+        }
+      }
+#pragma omp simd
+      for (int j = 0; j < kLanes; j++) sum.at[j] += part.at[j];
+    }
+#pragma omp simd
+    for (int j = 0; j < kLanes; j++) {
+      sum.at[j] *= 1.0 + (m.at[j] - m.at[j]);  // NaN for a row of -inf, or of +inf
+      scale.at[j] = LOG ? R(log1p_positive(sum.at[j] - 1.0)) : R(1.0 / sum.at[j]);
+    }
+    for (int j = 0; j < count; j++) {
+      put_statistic(f.stats, f.stats_double, row + j, m.at[j]);
+      put_statistic(f.stats, f.stats_double, a.rows + row + j, sum.at[j]);
+    }
+    const R inv_t = R(t.inv_t);
+    for (int64_t i = 0; i < n; i += kLanes) {
+#pragma omp simd
+      for (int j = 0; j < kLanes; j++)
+        x[i + j] = LOG ? (x[i + j] - m.at[j]) * inv_t - scale.at[j] : x[i + j] * scale.at[j];
+    }
+    put_rows(f.y, row, count, x);
+  }
+
+  template <bool LOG>
+  void backward_tile(const SoftmaxGradArgs& f, int64_t row, int count, const Tempered<R>& t) const {
+    const int64_t n = a.cols * kLanes, piece = kSoftmaxPiece * kLanes;
+    R* __restrict x = w.x;
+    R* __restrict g = w.g;
+    load_rows(a.x, row, count, x);
+    load_rows(f.grad, row, count, g);
+    Lanes<R> m, mean, factor;
+    Lanes<double> sum, total;
+    for (int j = 0; j < kLanes; j++) {
+      const int64_t r = row + (j < count ? j : count - 1);
+      m.at[j] = R(statistic(f.stats, f.stats_double, r));
+      sum.at[j] = statistic(f.stats, f.stats_double, a.rows + r);
+    }
+    const Ahead next_x = tile_after(a.x, row), next_g = tile_after(f.grad, row);
+    const Ahead to = tile_of(f.grad_x, row);
+    total.fill(0);
+    for (int64_t first = 0; first < n; first += piece) {
+      const int64_t end = first + piece < n ? first + piece : n;
+      Lanes<R> part;
+      part.fill(R(0));
+      for (int64_t i = first; i < end; i += kLanes) {
+        __builtin_prefetch(next_x.data + i * next_x.bytes, 0, 2);
+        __builtin_prefetch(next_g.data + i * next_g.bytes, 0, 2);
+        __builtin_prefetch(to.data + i * to.bytes, 1, 2);
+#pragma omp simd
+        for (int j = 0; j < kLanes; j++) {
+          const R v = t.exp(x[i + j] - m.at[j]);
+          x[i + j] = v;
+          part.at[j] += LOG ? g[i + j] : g[i + j] * v;
+        }
+      }
+#pragma omp simd
+      for (int j = 0; j < kLanes; j++) total.at[j] += part.at[j];
+    }
+#pragma omp simd
+    for (int j = 0; j < kLanes; j++) {
+      mean.at[j] = R(total.at[j] / sum.at[j]);
+      factor.at[j] = R(t.inv_t / sum.at[j]);
+    }
+    const R inv_t = R(t.inv_t);
+    for (int64_t i = 0; i < n; i += kLanes) {
+#pragma omp simd
+      for (int j = 0; j < kLanes; j++)
+        g[i + j] = LOG ? (g[i + j] - x[i + j] * mean.at[j]) * inv_t
+                       : x[i + j] * factor.at[j] * (g[i + j] - mean.at[j]);
+    }
+    put_rows(f.grad_x, row, count, g);
+  }
+
+  template <bool LOG, bool FORWARD, class Args>
+  void run_tiles(const Args& f, int64_t begin, int64_t end) const {
+    const Tempered<R> t(a.temperature[0]);
+    for (int64_t row = begin; row < end; row += kLanes) {
+      const int count = static_cast<int>(end - row < kLanes ? end - row : kLanes);
+      if constexpr (FORWARD) {
+        forward_tile<LOG>(f, row, count, t);
+      } else {
+        backward_tile<LOG>(f, row, count, t);
+      }
+    }
+  }
+
   template <bool LOG, bool FORWARD, class Args>
   void run(const Args& f, int64_t begin, int64_t end) const {
+    if constexpr (sizeof(R) == 4) {
+      if (softmax_few<R>(f)) return run_tiles<LOG, FORWARD>(f, begin, end);
+    }
     Tempered<R> t(a.temperature[a.uniform ? 0 : begin]);
     for (int64_t row = begin; row < end; row++) {
       if (!a.uniform && row > begin) t = Tempered<R>(a.temperature[row]);
