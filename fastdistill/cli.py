@@ -24,6 +24,8 @@ from fastdistill.distill.config import (
     read_file,
 )
 from fastdistill.distill.errors import JobError
+from fastdistill.distill.private.audit import AuditConfig
+from fastdistill.distill.private.config import NOISE, PrivateConfig
 from fastdistill.distill.text.config import ASV, ASV_LICENCE, MINILM, MINILM_LICENCE, TextConfig
 
 USER_ERROR = 2  # argparse's own code for a wrong command line
@@ -116,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_text(commands)
 
+    _add_private(commands)
+
     evaluate = commands.add_parser(
         "evaluate",
         help="measure a network of a finished run again",
@@ -187,6 +191,60 @@ def _add_text(commands: Any) -> None:
     text.set_defaults(command=_distill_text)
 
 
+def _add_private(commands: Any) -> None:
+    private = commands.add_parser(
+        "distill-private",
+        help="distil teachers that saw private records, with the epsilon of each student",
+        description="Train students of private teachers in every way for which a guarantee is "
+        "known, and report accuracy and epsilon, with everything that a reviewer of the epsilons "
+        "asks for. Five training images in six are private; the others are public, and all but "
+        "100 of them without a label.",
+        epilog=f"{LICENCES} They are a smoke test here: the published figures are on "
+        "Fashion-MNIST (Debian's package dataset-fashion-mnist, or any folder of IDX files).",
+    )
+    default = PrivateConfig()
+    option = private.add_argument
+    option("--out", metavar="DIR", help=f"where everything goes (default: {default.out})")
+    option("--data", metavar="SOURCE", help=f"{DATA_HELP} (default: {default.data})")
+    option("--seed", type=int, metavar="N", help=f"first seed (default: {default.seed})")
+    option("--seeds", type=int, metavar="N", help="students per row (default: 5; 1 for mnist5k)")
+    option("--parts", type=int, metavar="K", help="teachers (default: one for 200 private images)")
+    option("--queries", type=int, metavar="N", help="to them (default: one public image in ten)")
+    option("--delta", type=float, metavar="D", help=f"(default: {default.delta:g})")
+    option("--noise", choices=NOISE, help=f"secure: for release (default: {default.noise})")
+    option("--resume", action="store_true", default=None, help="continue an interrupted run")
+    option(
+        "--config",
+        metavar="FILE",
+        help="the same settings and more (epsilons, labelled) in a YAML file; options on the "
+        "command line override it",
+    )
+    private.set_defaults(command=_distill_private)
+
+    audit = commands.add_parser(
+        "audit",
+        help="attack students of each private recipe: epsilon measured beside epsilon claimed",
+        description="Train a student of each recipe on records that a coin put in or left out, "
+        "guess the coins from the student, and report the epsilon that the right guesses prove "
+        "at 95 % confidence beside the one that is claimed.",
+        epilog=LICENCES,
+    )
+    known = AuditConfig()
+    option = audit.add_argument
+    option("--out", metavar="DIR", help=f"where audit.json goes (default: {known.out})")
+    option("--data", metavar="SOURCE", help=f"{DATA_HELP} (default: {known.data})")
+    option("--seed", type=int, metavar="N", help=f"of everything (default: {known.seed})")
+    option(
+        "--canaries",
+        type=int,
+        metavar="N",
+        help=f"public images with a wrong label (default: {known.canaries})",
+    )
+    option("--records", type=int, metavar="N", help=f"ordinary records (default: {known.records})")
+    option("--config", metavar="FILE", help="the same settings and more (epsilons, delta), YAML")
+    audit.set_defaults(command=_audit)
+
+
 def _version() -> str:
     import fastdistill
 
@@ -243,6 +301,40 @@ def _distill_text(arguments: argparse.Namespace) -> int:
         ui.show(report.HEADINGS, report.table(figures), notes, config.out)
     except KeyboardInterrupt:
         return _interrupted(arguments)
+    return 0
+
+
+def _distill_private(arguments: argparse.Namespace) -> int:
+    given = _given(arguments, PrivateConfig)
+    config = PrivateConfig(**given)
+    try:
+        from fastdistill.distill.private import job
+
+        extras.require("fastdistill distill-private", *job.MODULES)  # as above
+        from fastdistill.distill import ui
+        from fastdistill.distill.private import report
+
+        with ui.Terminal() as terminal:
+            figures = job.run(config, given.keys(), terminal)
+        notes = (*report.notes(figures), figures["data"]["licence"])
+        ui.show(report.HEADINGS, report.table(figures), notes, config.out)
+        print(f"Defence sheet: {config.out}/sheet.md")
+    except KeyboardInterrupt:
+        return _interrupted(arguments)
+    return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from fastdistill.distill.private import audit
+
+    config = AuditConfig(**_given(arguments, AuditConfig))
+    extras.require("fastdistill audit", "rich")
+    from fastdistill.distill import ui
+
+    with ui.Terminal() as terminal:
+        figures = audit.run(config, terminal)
+    ui.show(audit.HEADINGS, audit.table(figures), audit.notes(figures), None)
+    print(f"Figures: {config.out}/audit.json")
     return 0
 
 

@@ -29,6 +29,7 @@ th, td { text-align: right; padding: .4rem .7rem; border-bottom: 1px solid #ddd;
 th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 2px solid #222; font-weight: 600; }
 td small { color: #666; display: block; }
+pre { white-space: pre-wrap; font-size: .8rem; }
 img { max-width: 100%; height: auto; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; }
 dt { color: #666; } dd { margin: 0; overflow-wrap: anywhere; }

@@ -100,9 +100,12 @@ def summary(figures: dict[str, Any], out: str) -> None:
 
 
 def show(
-    headings: Iterable[str], rows: Iterable[tuple[str, ...]], notes: Iterable[str], out: str
+    headings: Iterable[str],
+    rows: Iterable[tuple[str, ...]],
+    notes: Iterable[str],
+    out: str | None,
 ) -> None:
-    """Print a table, its notes and where everything is."""
+    """Print a table, its notes and where the report is, if there is one."""
     console = Console(highlight=False)
     # no paddings, as its columns are 2 apart: it has to fit in 80 columns
     table = Table(*headings, box=box.SIMPLE_HEAD, show_edge=False, padding=0)
@@ -113,4 +116,5 @@ def show(
     console.print(table)
     for line in notes:
         console.print(line, markup=False)
-    console.print(f"Report: {out}/report.html", markup=False, soft_wrap=True)
+    if out is not None:
+        console.print(f"Report: {out}/report.html", markup=False, soft_wrap=True)

@@ -217,4 +217,12 @@ def target_logits(sums: Tensor, k: int, noise_std: float) -> Tensor:
     return (sums / k) / (SPREAD + (noise_std / k) ** 2 / LIKELIEST)
 
 
+def trust(k: int, noise_std: float) -> float:
+    """Weight of the answers beside public labels: the share of `target_logits` not due to noise.
+
+    So answers that are noise alone leave a student that its labels have taught.
+    """
+    return SPREAD / (SPREAD + (noise_std / k) ** 2 / LIKELIEST)
+
+
 SPREAD, LIKELIEST = 0.1, 0.8

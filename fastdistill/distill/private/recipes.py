@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastdistill import kd_loss
 from fastdistill.distill.distiller import Distiller, Hint
 from fastdistill.distill.private import selection
-from fastdistill.distill.private.answers import Answers, target_logits
+from fastdistill.distill.private.answers import Answers, target_logits, trust
 from fastdistill.distill.private.committee import Committee, fingerprint
 from fastdistill.distill.private.ledger import Ledger
 from fastdistill.distill.private.mechanism import Mechanism, count
@@ -33,8 +33,12 @@ from fastdistill.distill.private.provenance import (
 from fastdistill.distill.private.training import DPSGD, Training, dp_train, fit
 from fastdistill.privacy import noisy_gradient_sum
 
-HARD_WEIGHT = 0.3
+HARD_WEIGHT = 0.1
 """Of the public labels beside the answers."""
+
+SELF_LEARNING = 0.01
+"""Learning rate of the last stage over that of the others: at their rate, a few labels undo what
+the answers have taught."""
 
 _R4 = (
     "a teacher without noise gives no guarantee: what it says of any query, z_t(x), depends on all "
@@ -94,6 +98,7 @@ def dp_teacher(
     training: Training | None = None,
     labels: Labels | None = None,
     hints: Sequence[Hint] = (),
+    teacher_key: str | None = None,
 ) -> None:
     """R1: distil a public or DP-trained teacher on public queries, in place.
 
@@ -110,6 +115,7 @@ def dp_teacher(
         training: steps and sizes; a third of the steps is for the hints, if any.
         labels: public labels to learn beside.
         hints: layers to match first; see `Distiller`.
+        teacher_key: under which `ledger` was debited when this teacher was trained, if it was.
 
     Raises:
         NoGuarantee: the provenance is another one; the message has the remedy.
@@ -117,7 +123,7 @@ def dp_teacher(
     """
     refuse("dp_teacher", provenance)
     training = training or Training()
-    _debit(teacher, provenance, ledger)
+    _debit(teacher, provenance, ledger, teacher_key)
     if hints:
         distiller = Distiller(student, teacher, hints=hints)
         stage = replace(training, steps=max(training.steps // 3, 1))
@@ -127,7 +133,7 @@ def dp_teacher(
         )  # fmt: skip
         training = replace(training, steps=max(training.steps - stage.steps, 1))
     says = _outputs(teacher, public_queries)
-    _distil(student, public_queries, says, temperature, labels, training)
+    distil(student, public_queries, says, temperature, labels, training)
 
 
 def dp_student(
@@ -141,6 +147,7 @@ def dp_student(
     ledger: Ledger,
     temperature: float = 1.0,
     key: str = "",
+    teacher_key: str | None = None,
 ) -> DPTrained:
     """R2: train the student by DP-SGD on private inputs, towards a teacher that is private itself.
 
@@ -158,6 +165,7 @@ def dp_student(
         ledger: is debited with the teacher's history and with this training.
         temperature: T of the soft targets and of the student, times T^2, as in `kd_loss`.
         key: names this release in the ledger's journal.
+        teacher_key: as for `dp_teacher`.
 
     Returns:
         The student's own provenance: the history of this training. The teacher's is in the ledger.
@@ -166,7 +174,7 @@ def dp_student(
         NoGuarantee, BudgetExceeded: as for `dp_teacher`.
     """
     refuse("dp_student", provenance)
-    _debit(teacher, provenance, ledger)
+    _debit(teacher, provenance, ledger, teacher_key)
     targets = (_outputs(teacher, private_inputs) / temperature).softmax(1)
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
@@ -196,7 +204,7 @@ def knowledge_perturbation(
     Wang et al. 2019 (RONA), with the noise on what the teachers say instead of on the value of the
     loss. Each round: choose queries by the student's outputs, release their answers, train the
     student from its start on all answers so far and on the public labels, then on the public
-    labels alone with a tenth of the steps ("self-learning").
+    labels alone with a tenth of the steps and a hundredth of the rate ("self-learning").
 
     Args:
         student: a network of queries to logits.
@@ -223,12 +231,17 @@ def knowledge_perturbation(
     if rounds > queries:
         raise ValueError(f"rounds: expected at most one per query ({queries}), got {rounds}")
     training = training or Training()
+    gentle = replace(
+        training,
+        steps=max(training.steps // 10, 1),
+        learning_rate=training.learning_rate * SELF_LEARNING,
+    )
     start = {name: value.clone() for name, value in student.state_dict().items()}
     pool = answers.queries
     asked = torch.empty(0, dtype=torch.int64)
     known = asked if labels is None else labels.rows
     if labels is not None and strategy != "random":  # else the first choice would be blind
-        _learn(student, pool, labels, training)
+        learn(student, pool, labels, training)
     for number in range(rounds):
         size = queries * (number + 1) // rounds - len(asked)
         chosen = selection.select(
@@ -241,9 +254,10 @@ def knowledge_perturbation(
         asked = torch.cat([asked, chosen])
         student.load_state_dict(start)
         says = target_logits(answers.ask(asked), committee.k, answers.noise_std)
-        _distil(student, pool[asked], says, 1.0, _within(labels, pool), training)
+        share = trust(committee.k, answers.noise_std) if labels is not None else 1.0
+        distil(student, pool[asked], says, 1.0, _within(labels, pool), training, share)
         if labels is not None:
-            _learn(student, pool, labels, replace(training, steps=max(training.steps // 10, 1)))
+            learn(student, pool, labels, gentle)
     return asked
 
 
@@ -259,6 +273,7 @@ def gradient_perturbation(
     training: Training | None = None,
     labels: Labels | None = None,
     label_inputs: Tensor | None = None,
+    temperature: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> None:
     """R3 with RONA's own object, the gradient of the loss: an ablation.
@@ -277,6 +292,7 @@ def gradient_perturbation(
         training: its steps are the visits.
         labels: public labels, rows of `label_inputs`.
         label_inputs: their inputs.
+        temperature: of the teachers' softmax.
         generator: of the noise; None is the secure one.
     """
     refuse("knowledge_perturbation", provenance)
@@ -290,7 +306,7 @@ def gradient_perturbation(
             None, len(public_queries), training.steps,
         )
     )  # fmt: skip
-    teachers = committee.logits(public_queries).softmax(2)
+    teachers = (committee.logits(public_queries) / temperature).softmax(2)
 
     def loss(_: Tensor) -> Tensor:
         logits = student(public_queries)
@@ -306,9 +322,9 @@ def gradient_perturbation(
     fit(student, len(public_queries), loss, replace(training, batch_size=len(public_queries)))
 
 
-def _debit(teacher: nn.Module, provenance: object, ledger: Ledger) -> None:
+def _debit(teacher: nn.Module, provenance: object, ledger: Ledger, key: str | None) -> None:
     if isinstance(provenance, DPTrained):  # its parameters are released already
-        ledger.include(provenance, key=f"teacher {fingerprint(teacher)}")
+        ledger.include(provenance, key=key or f"teacher {fingerprint(teacher)}")
 
 
 def _outputs(model: nn.Module, inputs: Tensor, batch: int = 4096) -> Tensor:
@@ -325,7 +341,7 @@ def _within(labels: Labels | None, pool: Tensor) -> tuple[Tensor, Tensor] | None
     return None if labels is None else (pool[labels.rows], labels.classes)
 
 
-def _learn(student: nn.Module, pool: Tensor, labels: Labels, training: Training) -> None:
+def learn(student: nn.Module, pool: Tensor, labels: Labels, training: Training) -> None:
     """Cross-entropy on the public labels."""
     inputs, classes = pool[labels.rows], labels.classes
     fit(
@@ -334,20 +350,23 @@ def _learn(student: nn.Module, pool: Tensor, labels: Labels, training: Training)
     )  # fmt: skip
 
 
-def _distil(
+def distil(
     student: nn.Module,
     inputs: Tensor,
     says: Tensor,
     temperature: float,
     labels: Labels | tuple[Tensor, Tensor] | None,
     training: Training,
+    weight: float = 1.0,
 ) -> None:
-    """Distil logits `says` on `inputs`, the public labels beside."""
+    """Distil logits `says` on `inputs` with a weight, the public labels beside."""
     if isinstance(labels, Labels):
         labels = (inputs[labels.rows], labels.classes)
 
     def loss(rows: Tensor) -> Tensor:
-        value = kd_loss(student(inputs[rows]), says[rows], temperature=temperature)
+        value = kd_loss(
+            student(inputs[rows]), says[rows], temperature=temperature, soft_weight=weight
+        )
         assert isinstance(value, Tensor)  # its parts were not asked for
         if labels is not None:
             value = value + HARD_WEIGHT * F.cross_entropy(student(labels[0]), labels[1])

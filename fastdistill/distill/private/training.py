@@ -131,7 +131,8 @@ def dp_train(
         settings: all numbers.
         dataset_id: names the records.
         ledger: is debited, under add_remove or zero_out adjacency.
-        key: names the release in the ledger's journal.
+        key: names the release in the ledger's journal. A seeded run, started again with a key that
+            was debited, makes the same noise and the same model: it is not debited again.
 
     Returns:
         The provenance of the trained model.
@@ -151,7 +152,8 @@ def dp_train(
                     "batch: no record's gradient can be clipped. Use GroupNorm"
                 )
     mechanism = settings.mechanism(dataset_id)
-    ledger.spend(mechanism, key=key)
+    if settings.seed is None or not key or key not in ledger.keys:
+        ledger.spend(mechanism, key=key)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.SGD(parameters.values(), settings.learning_rate, momentum=0.9)
     generator = None if settings.seed is None else torch.Generator().manual_seed(settings.seed)
