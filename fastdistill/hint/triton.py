@@ -72,7 +72,7 @@ def _side(square, cols, NORM: tl.constexpr):
     """Of a row with this sum of squares: (factor that normalises it, whether that is a constant,
     factor that makes the normalised row a unit vector, whether that is one, its length's square).
     """
-    factor = 1.0 + 0.0 * square
+    factor = tl.full((), 1.0, square.dtype)  # whatever the square: a side as it is has no norm
     clamped = square < 0.0
     if NORM == LAYER_NORM:
         factor = 1.0 / tl.sqrt(square / cols + LAYER_NORM_EPS)

@@ -97,3 +97,19 @@ def test_feature_maps_and_no_rows() -> None:
     check(NAME, t, t.flip(0), channel_dim=1, distance="cosine")
     got = run(NAME, features(0, 6), features(0, 8), features(8, 6), features(8))
     assert all((x == 0).all() for x in got)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("norms", [(None, "layer_norm"), (None, "l2"), ("layer_norm", None)])
+@pytest.mark.parametrize("distance", ["mse", "l1", "smooth_l1"])
+def test_a_side_as_it_is_has_no_norm(distance: str, norms: Any, value: float) -> None:
+    """An odd feature of the side without a norm stays its own, beside one that has a norm."""
+    odd, student = torch.randn(3, 70), norms[0] is None
+    odd[1, 2] = value
+    s, t = (odd, torch.randn(3, 70)) if student else (torch.randn(3, 70), odd)
+    settings = {"distance": distance, "feature_norm": norms, "reduction": "none"}
+    got, want = (run(name, s, t, **settings) for name in (NAME, "reference"))
+    assert torch.equal(got[0].isnan(), want[0].isnan())
+    assert torch.equal(got[0].isinf(), want[0].isinf())
+    if student:
+        assert torch.equal(got[1].isnan(), want[1].isnan())
