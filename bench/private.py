@@ -7,6 +7,7 @@ been held against float64 micro-batches. The bars are ratios to the non-private 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from bench.environment import describe, isa
 from bench.private_models import CASES, Case, Step, contenders, truth
 from bench.timing import QUIET, cpu_call, in_turn, summary
 
-NON_PRIVATE, OURS, SILENT = "non-private", "fastdistill", "fastdistill, no noise"
+NON_PRIVATE, OURS, SILENT = "non-private", "fastdistill", "fastdistill (no noise)"
 ALLOWED = 1e-3  # of the norm of the gradient, in float32
 PROMISED_MEMORY = 1.1
 
@@ -87,6 +88,7 @@ def measure(
 ) -> dict[str, Any]:
     """Every model at every number of threads, as schema.py describes."""
     begin = time.perf_counter()
+    warnings.filterwarnings("ignore", message="Full backward hook")  # of Opacus's hooks
     chosen = names or list(contenders(CASES[models[0]]))
     # First: a fork has to come before the first thread.
     peaks = {(key, name): _peak(CASES[key], name) for key in models for name in chosen}

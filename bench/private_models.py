@@ -189,7 +189,7 @@ def contenders(case: Case, sigma: float = NOISE_MULTIPLIER) -> dict[str, Callabl
     return {
         "non-private": plain,
         "fastdistill": private("ghost_fused", sigma, ours),
-        "fastdistill, no noise": private("ghost_fused", 0.0, ours),
+        "fastdistill (no noise)": private("ghost_fused", 0.0, ours),
         "eager": eager,
         "opacus ghost": private("ghost", sigma, theirs),
         "opacus hooks": private("hooks", sigma, theirs),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -54,27 +54,36 @@ class Book:
     """Where the layers of a model report during a private backward pass."""
 
     def __init__(self) -> None:
-        self._uses: list[Use] | None = None
+        self._take: Callable[[Use], None] | None = None
+        self.counts: dict[Tensor, int] = {}  # uses of each parameter since the last backward pass
         self.on = True  # False: layers behave as if nothing had been changed
         self.model: nn.Module | None = None  # whose layers report here
 
-    def __enter__(self) -> list[Use]:
-        if self._uses is not None:
+    @contextlib.contextmanager
+    def open(self, take: Callable[[Use], None]) -> Iterator[None]:
+        """A private backward pass, whose uses go to `take` as they come."""
+        if self._take is not None:
             raise RuntimeError("backward: a private backward pass is already running")
-        self._uses = []
-        return self._uses
+        self._take = take
+        try:
+            yield
+        finally:
+            self._take = None
+            self.counts.clear()
 
-    def __exit__(self, *_: object) -> None:
-        self._uses = None
+    def count(self, parameters: Iterable[Tensor]) -> None:
+        """Called in the forward pass, once for each use of a layer."""
+        for p in parameters:
+            self.counts[p] = self.counts.get(p, 0) + 1
 
     def report(self, use: Use) -> None:
         """Called in the backward pass, once for each use of a layer."""
-        if self._uses is None:
+        if self._take is None:
             raise RuntimeError(
                 "backward: this model's gradients are clipped sample by sample; call the criterion "
                 "that make_private returned, and backward() of what it gives"
             )
-        self._uses.append(use)
+        self._take(use)
 
     def watches(self, layer: nn.Module) -> bool:
         """Whether the layer's pass is to be kept: in training, of the layer or of the model."""
@@ -99,6 +108,7 @@ class _Keep(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *kept = ctx.saved_tensors
         rule, layer = ctx.rule, ctx.layer
+        grad = grad.contiguous()  # once: products and sums would each make it so
         ctx.book.report(Use(ctx.name, layer, rule, x, tuple(kept), grad))
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -110,6 +120,7 @@ def _forward(layer: nn.Module, book: Book, name: str, rule: Rule, x: Tensor) -> 
     parameters = [p for p in layer.parameters() if p.requires_grad]
     if not (parameters and book.watches(layer)):
         return type(layer).forward(layer, x)
+    book.count(parameters)
     y: Tensor = _Keep.apply(rule.prepare(layer, x), book, name, layer, rule, *parameters)
     return y
 
@@ -161,6 +172,7 @@ def _forward_sampled(
     parameters = [p for p in layer.parameters() if p.requires_grad]
     if not (parameters and book.watches(layer)):
         return type(layer).forward(layer, *inputs, **kwargs)
+    book.count(parameters)
     where = f"module: {name or 'the module'} ({type(layer).__name__})"
     if kwargs or not all(isinstance(x, Tensor) for x in inputs):
         raise ValueError(

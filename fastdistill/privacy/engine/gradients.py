@@ -202,6 +202,7 @@ class Product(Gradient):
             self.method = "made"
             self.made = workspace.take(key, (self.samples, *self.shape), self.a)
             torch.bmm(self.g.mT, self.a, out=self.made)
+            self._square = square_norms(self.made)
         elif self.rows < SHORT and self.rows * (self.inputs + self.outputs) < 2 * size:
             self.method = "gram"
         else:
@@ -215,7 +216,7 @@ class Product(Gradient):
                 a = torch.where(a > FAR**2, torch.inf, a)
             return a * square_norms(self.g)
         if self.made is not None:
-            return square_norms(self.made)
+            return self._square
         if self.method == "gram":
             return self._gram()
         out = torch.zeros(self.samples, dtype=torch.float64, device=self.a.device)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -121,10 +122,12 @@ class PrivateModule(GradSampleModuleFastGradientClipping):
         """
         parameters = [p for p in self._module.parameters() if p.requires_grad]
         before = [p.grad for p in parameters]
+        found: dict[Tensor, list[Piece]] = {}
+        self._workspace.start()
         for p in parameters:
             p.grad = None
         try:
-            with self._book as uses:
+            with self._book.open(functools.partial(self._take, found, samples)):
                 loss.backward()  # type: ignore[no-untyped-call]
             outside = [p for p in parameters if p.grad is not None]
         finally:
@@ -136,18 +139,22 @@ class PrivateModule(GradSampleModuleFastGradientClipping):
                 f"module: {', '.join(names[id(p)] for p in outside)}: used outside the layer that "
                 "holds it, or in evaluation mode; its gradient is not known for each sample"
             )
-        self._workspace.start()
         with torch.no_grad(), full_precision(loss.device):
-            pieces = self._pieces(uses, samples)
-            return {p: combine(some, self._workspace, p) for p, some in pieces.items()}
+            return {p: combine(some, self._workspace, p) for p, some in found.items()}
 
-    def _pieces(self, uses: Sequence[Use], samples: int) -> Mapping[Tensor, list[Piece]]:
-        found: dict[Tensor, list[Piece]] = {}
-        for use in uses:
+    def _take(self, found: dict[Tensor, list[Piece]], samples: int, use: Use) -> None:
+        """What one use of a layer leaves, as the backward pass reaches it.
+
+        Where the parameter has no other use its products are made at once: inputs and gradients are
+        in the cache, and need not be held until the end.
+        """
+        with torch.no_grad(), full_precision(use.grad.device):
             x, kept, grad = _batch_first(use, self.batch_first, samples)
             for p, piece in use.rule.pieces(use.layer, x, kept, grad):
-                found.setdefault(p, []).append(piece)
-        return found
+                some = found.setdefault(p, [])
+                if self._book.counts.get(p) == 1:
+                    piece = combine([piece], self._workspace, (p, len(some)))
+                some.append(piece)
 
 
 def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
