@@ -143,5 +143,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords and "slow" not in chosen:
             item.add_marker(pytest.mark.skip(reason="needs 16 GB of memory: pytest -m slow"))
+        if "audit" in item.keywords and "audit" not in chosen:
+            item.add_marker(pytest.mark.skip(reason="trains and audits: pytest -m audit"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
