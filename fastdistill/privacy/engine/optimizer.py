@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -116,8 +116,8 @@ class PrivateOptimizer(DPOptimizer):
             any(p.dtype is not torch.float64 for p in parameters),
         )
 
-    def take(self, gradients: Mapping[Tensor, Gradient], samples: int) -> None:
-        """The per-sample gradients of one backward pass: clip and add up.
+    def take(self, gradients: dict[Tensor, Gradient], samples: int) -> None:
+        """The per-sample gradients of one backward pass: clip and add up. The mapping is emptied.
 
         Raises:
             ValueError: there are sums of a backward pass that no `step` has taken.
@@ -138,14 +138,15 @@ class PrivateOptimizer(DPOptimizer):
                 f"{self.settings.most}, which chance does not exceed)"
             )
         plan = self._plan()
-        used = [gradients.get(p) for p in self.params]
+        used = [gradients.pop(p, None) for p in self.params]
         self._samples += samples
         with full_precision(self.params[0].device):
             factors = self._factors(used, plan, samples)
-            self._sums = [
-                self._total(p, gradient, factor)
-                for p, gradient, factor in zip(self.params, used, factors, strict=True)
-            ]
+            sums = []
+            for i, (p, factor) in enumerate(zip(self.params, factors, strict=True)):
+                gradient, used[i] = used[i], None  # its factors are let go as the sums grow
+                sums.append(self._total(p, gradient, factor))
+            self._sums = sums
 
     def _total(self, p: Tensor, gradient: Gradient | None, factor: Tensor | None) -> Tensor:
         """The sum of the clipped gradients of one parameter."""
