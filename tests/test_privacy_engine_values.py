@@ -243,3 +243,71 @@ def test_engine_under_autocast():
     got = ours(model, [(x[0].float(), x[1])], call=call)
     assert all(g.dtype is torch.float32 for g in got)
     assert_close(got, want, 0.03)
+
+
+def test_engine_expanded_indices_and_inputs():
+    """Views without memory of their own; Opacus's ghost fails on such indices."""
+    model = Transformer()
+    x, y = sequences(1)
+    x, y = x.expand(4, -1), y.expand(4, -1)
+    assert not x.is_contiguous()
+
+    def loss(logits, labels):
+        return nn.functional.cross_entropy(logits.transpose(1, 2), labels)
+
+    got = ours(model, [(x, y)], call=next_token, max_grad_norm=0.1)
+    assert_close(got, by_samples(model, (x.contiguous(), y.contiguous()), 0.1, loss))
+    model, (x, y) = mlp(), batch(1, 7)
+    assert_close(
+        ours(model, [(x.expand(5, -1), y.expand(5))]),
+        by_samples(model, (x.repeat(5, 1), y.repeat(5))),
+    )
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_engine_layers_that_run_again(reentrant):
+    """Activation checkpoints: each layer is counted once."""
+    from torch.utils.checkpoint import checkpoint
+
+    class Model(nn.Module):
+        def __init__(self, again):
+            super().__init__()
+            self.again = again
+            self.first, self.head = nn.Linear(7, 9), nn.Linear(9, 4)
+            self.middle = nn.Sequential(nn.Linear(9, 9), nn.Tanh(), nn.LayerNorm(9))
+
+        def forward(self, x):
+            x = self.first(x)
+            if self.again:
+                x = checkpoint(self.middle, x, use_reentrant=reentrant)
+            else:
+                x = self.middle(x)
+            return self.head(x)
+
+    model, x = Model(True), batch(6, 7)
+    want = Model(False)
+    want.load_state_dict(model.state_dict())
+    assert_close(ours(model, [x]), by_samples(want, x))
+
+
+def test_engine_two_forward_passes_before_one_backward():
+    """Losses of two passes over the same samples (Opacus #249), of different sizes."""
+    model, (x, y) = CNN(), batch(5, 2, 7, 6)
+    other = torch.randn_like(x)
+
+    def both(m, c, x, y):
+        return c(m(x), y) + 0.5 * c(m(other), y)
+
+    got = ours(model, [(x, y)], call=both, max_grad_norm=0.1)
+    parameters = list(model.parameters())
+    total = [torch.zeros_like(p) for p in parameters]
+    for i in range(5):
+        value = sum(
+            f * nn.functional.cross_entropy(model(v[i : i + 1]), y[i : i + 1])
+            for f, v in ((1.0, x), (0.5, other))
+        )
+        grads = torch.autograd.grad(value, parameters)
+        size = torch.cat([g.flatten() for g in grads]).norm()
+        for t, g in zip(total, grads, strict=True):
+            t += g * (0.1 / (size + 1e-6)).clamp(max=1) / 8
+    assert_close(got, total)

@@ -15,6 +15,7 @@ from fastdistill.distill.private import (
     Mechanism,
     accounting,
     audit,
+    auditing,
     epsilon,
     experiment,
     features,
@@ -250,10 +251,10 @@ def test_lower_bounds_by_hand():
     """With delta 0, all of r guesses right: (e^eps / (1 + e^eps))^r = 0.05."""
     for r in (50, 200):
         q = 0.05 ** (1 / r)
-        assert audit.lower_bound(r, r, r, 0.0) == pytest.approx(math.log(q / (1 - q)), rel=1e-6)
-    assert audit.lower_bound(200, 200, 100, 1e-5) == 0.0
-    assert audit.p_value(200, 200, 150, 1.0, 0.0) < audit.p_value(200, 200, 150, 1.0, 1e-4)
-    bounds = [audit.lower_bound(300, 200, right, 1e-5) for right in (120, 150, 180, 200)]
+        assert auditing.lower_bound(r, r, r, 0.0) == pytest.approx(math.log(q / (1 - q)), rel=1e-6)
+    assert auditing.lower_bound(200, 200, 100, 1e-5) == 0.0
+    assert auditing.p_value(200, 200, 150, 1.0, 0.0) < auditing.p_value(200, 200, 150, 1.0, 1e-4)
+    bounds = [auditing.lower_bound(300, 200, right, 1e-5) for right in (120, 150, 180, 200)]
     assert bounds == sorted(bounds) and bounds[0] > 0
 
 
@@ -264,7 +265,7 @@ def test_a_lower_bound_holds_for_a_mechanism_that_is_as_private_as_it_says():
         torch.full((1000,), 200.0), torch.full((1000,), 1 / (1 + math.exp(-1.0))),
         generator=generator,
     )  # fmt: skip
-    known = {int(v): audit.lower_bound(200, 200, int(v), 0.0) for v in right.unique()}
+    known = {int(v): auditing.lower_bound(200, 200, int(v), 0.0) for v in right.unique()}
     refuted = sum(known[int(v)] > 1.0 for v in right) / 1000
     assert 0.005 < refuted <= 0.05 + 5 * math.sqrt(0.05 * 0.95 / 1000)
 

@@ -13,7 +13,6 @@ label, which are themselves the queries that the teachers answer.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from fastdistill.distill.listener import Listener
 from fastdistill.distill.private import committee, recipes, shards
 from fastdistill.distill.private.accounting import noise_for
 from fastdistill.distill.private.answers import SENSITIVITY, Answers
+from fastdistill.distill.private.auditing import CONFIDENCE, correct_guesses, lower_bound
 from fastdistill.distill.private.committee import Linear
 from fastdistill.distill.private.config import PrivateConfig
 from fastdistill.distill.private.experiment import Experiment
@@ -46,7 +46,6 @@ from fastdistill.distill.private.training import (
     loss_value_noise,
 )
 
-CONFIDENCE = 0.95
 TEACHER_RIDGE = 0.01  # teachers fit their records exactly: the attacker's best case
 PARTS = 50
 TEMPERATURE = 0.1
@@ -92,40 +91,6 @@ class AuditConfig(Settings):
     }
 
 
-def p_value(examples: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
-    """Probability of so many right guesses, or more, under (epsilon, delta): an upper bound.
-
-    Steinke et al. 2023, theorem 5.2, as in their appendix D.
-    """
-    import numpy as np
-    from scipy.stats import binom
-
-    q = 1 / (1 + math.exp(-epsilon))
-    tail = float(binom.sf(right - 1, guesses, q))
-    below = binom.pmf(np.arange(right - 1, -1, -1), guesses, q).cumsum()
-    slope = float((below / np.arange(1, right + 1)).max(initial=0.0))
-    return min(tail + 2 * examples * delta * slope, 1.0)
-
-
-def lower_bound(
-    examples: int, guesses: int, right: int, delta: float, confidence: float = CONFIDENCE
-) -> float:
-    """The largest epsilon that these guesses refute at that confidence; 0 if none."""
-    level = 1 - confidence
-    if p_value(examples, guesses, right, 0.0, delta) > level:
-        return 0.0
-    low, high = 0.0, 1.0
-    while high < 64 and p_value(examples, guesses, right, high, delta) <= level:
-        low, high = high, 2 * high
-    for _ in range(40):
-        middle = (low + high) / 2
-        if p_value(examples, guesses, right, middle, delta) <= level:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
 def attack(scores: Tensor, member: Tensor, delta: float) -> dict[str, Any]:
     """Name the third of the examples with the highest and with the lowest score.
 
@@ -140,7 +105,7 @@ def attack(scores: Tensor, member: Tensor, delta: float) -> dict[str, Any]:
     m = len(scores)
     each = m // 3
     order = scores.argsort()
-    right = int(member[order[-each:]].sum() + (~member[order[:each]]).sum())
+    right = correct_guesses(scores, member, 2 * each)
     ranks = torch.empty(m, dtype=torch.float64)
     ranks[order] = torch.arange(1, m + 1, dtype=torch.float64)
     inside = int(member.sum())

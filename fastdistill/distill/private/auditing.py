@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fastdistill import _validate
 
+CONFIDENCE = 0.95
+
 
 def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
     """How likely so many correct guesses are, at most, if the run is (epsilon, delta)-DP.
@@ -41,7 +43,7 @@ def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: fl
 
 
 def lower_bound(
-    canaries: int, guesses: int, correct: int, delta: float, confidence: float = 0.95
+    canaries: int, guesses: int, correct: int, delta: float, confidence: float = CONFIDENCE
 ) -> float:
     """The largest epsilon that the guesses refute at this confidence; 0 if none.
 

@@ -13,6 +13,7 @@ import torch
 from opacus.accountants import create_accountant
 from opacus.accountants.utils import get_noise_multiplier
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
+from opacus.grad_sample import AbstractGradSampleModule
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -228,6 +229,11 @@ class PrivacyEngine(opacus.PrivacyEngine):
         The budget starts at zero: what the accountant holds already comes on top, with a warning.
         `kwargs` as there, and `epsilon_tolerance` (0.01).
         """
+        if grad_sample_mode == MODE and not poisson_sampling:
+            raise ValueError(
+                "poisson_sampling: expected True with a target epsilon, got False: no accountant "
+                "here is for a loader that samples otherwise"
+            )
         tolerance = kwargs.pop("epsilon_tolerance", 0.01)
         rate, steps = 1 / len(data_loader), len(data_loader)
         if grad_sample_mode == MODE:
@@ -263,13 +269,31 @@ class PrivacyEngine(opacus.PrivacyEngine):
             **kwargs,
         )
 
-    def load_checkpoint(self, *, optimizer: Any = None, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+    def load_checkpoint(
+        self,
+        *,
+        path: Any,
+        module: Any,
+        optimizer: Any = None,
+        noise_scheduler: Any = None,
+        grad_clip_scheduler: Any = None,
+        module_load_dict_kwargs: dict[str, Any] | None = None,
+        torch_load_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Opacus's `load_checkpoint`: the accountant goes on exactly where it was.
 
         A run with a `noise_generator` gets other noise than before: its generator would repeat what
         the interrupted run added to other gradients, whose difference would be free of noise.
         """
-        checkpoint: dict[str, Any] = super().load_checkpoint(optimizer=optimizer, **kwargs)
+        checkpoint: dict[str, Any] = super().load_checkpoint(
+            path=path,
+            module=module,
+            optimizer=optimizer,
+            noise_scheduler=noise_scheduler,
+            grad_clip_scheduler=grad_clip_scheduler,
+            module_load_dict_kwargs=module_load_dict_kwargs,
+            torch_load_kwargs=torch_load_kwargs,
+        )
         for known in self._optimizers:
             known.restart()
         return checkpoint
@@ -396,6 +420,13 @@ def _refuse(module: nn.Module, optimizer: torch.optim.Optimizer, wrap_model: boo
             f"module: expected one that is not distributed, got {type(module).__name__}: "
             f'grad_sample_mode="{MODE}" does not add up over processes yet'
         )
+    if not isinstance(module, PrivateModule):
+        for name, part in module.named_modules():
+            if isinstance(part, AbstractGradSampleModule):
+                raise ValueError(
+                    f"module: expected the plain module, got {type(part).__name__} in "
+                    f"{name or 'its place'}: another wrapper (its to_standard_module unwraps it)"
+                )
     known = set(module.parameters())
     for p in chain.from_iterable(group["params"] for group in optimizer.param_groups):
         if p not in known:
