@@ -151,13 +151,16 @@ def test_the_defence_sheet_says_what_a_reviewer_asks(finished):
 
 
 def test_a_killed_job_goes_on_and_pays_only_for_what_is_lost(data, small, tmp_path, finished):
-    """An answer that was kept serves again; one that was lost is released, and debited, again."""
+    """An answer that was kept serves again; one that was lost is released, and debited, again.
+
+    A seeded training is made again bit by bit: one release.
+    """
     config = PrivateConfig(out=str(tmp_path / "out"), data=str(data), **SMALL)
     stop = Recorder("R3-k1-n16-random-eps8, seed 0", 1)
     with pytest.raises(KeyboardInterrupt):
         job.run(config, (), stop)
     kept, lost = "R3-k1-n16-random-eps8", "R3-k12-n16-random-eps8"
-    for name in (kept, lost):  # killed before the student was kept
+    for name in (kept, lost, "R1-eps8", "R2-eps8"):  # killed before the student was kept
         (tmp_path / "out" / "checkpoints" / f"{name}-seed0.safetensors").unlink()
     (answers,) = (tmp_path / "out" / "answers").glob(f"*/{lost}-seed0/answers-*")
     answers.unlink()
@@ -182,9 +185,11 @@ def test_secure_noise_differs_from_run_to_run(data, small, tmp_path):
             out=str(tmp_path / f"{number}"), data=str(data), noise="secure", **SMALL
         )
         (tmp_path / f"{number}").mkdir()
-        made = experiment.Experiment(config, job.load(str(data), 0), "run", lambda text: None)
-        x[number] = made.make(Row("R1", target=8.0), 0).student.linear.weight
+        made_by = experiment.Experiment(config, job.load(str(data), 0), "run", lambda text: None)
+        x[number] = made_by.make(Row("R1", target=8.0), 0).student.linear.weight
     assert not torch.equal(x[0], x[1])
+    with pytest.raises(job.JobError, match="interrupted after its debit"):
+        job._make(made_by, Row("R1", target=8.0), 0)  # fresh noise would be a second release
 
 
 def test_no_statistic_of_private_images_is_shared(data, small, tmp_path):

@@ -360,6 +360,22 @@ def test_dp_train_refuses_what_mixes_records_and_what_it_cannot_pay_for():
         DPSGD(1.5, 2, 1.0, 1.0, 5, 0.1)
 
 
+def test_a_training_is_debited_each_time_unless_it_is_said_to_be_a_replay():
+    x, y = problem(50, 0)
+    settings, ledger = DPSGD(0.1, 2, 1.0, 1.0, 5, 0.1, seed=0), book()
+    arguments = {"dataset_id": "a", "ledger": ledger, "key": "teacher"}
+    for _ in range(2):  # the same key and mechanism, and who knows which data
+        dp_train(net(), x, y, F.cross_entropy, settings, **arguments)
+    assert len(ledger.history) == 2
+    dp_train(net(), x, y, F.cross_entropy, settings, **arguments, replay=True)
+    assert len(ledger.history) == 2
+    fresh = DPSGD(0.1, 2, 1.0, 1.0, 5, 0.1)
+    other = {**arguments, "key": "student"}
+    for wrong, named in ((fresh, arguments), (settings, other)):
+        with pytest.raises(ValueError, match="replay: expected a seeded training whose debit"):
+            dp_train(net(), x, y, F.cross_entropy, wrong, **named, replay=True)
+
+
 def test_a_seed_decides_a_run_and_no_seed_none():
     same = [dp_made(seed=4)[0].weight for _ in range(1)]
     torch.manual_seed(0)

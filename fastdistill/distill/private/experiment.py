@@ -237,6 +237,10 @@ class Experiment:
             scope=f"{self.run} {row.name} seed {seed}", **settings,
         )  # fmt: skip
 
+    def replay(self, ledger: Ledger, key: str) -> bool:
+        """Whether a seeded training that a kill interrupted is made again, bit by bit."""
+        return self.config.noise == "reproducible" and key in ledger.keys
+
     def generator(self, seed: int) -> torch.Generator | None:
         """Of the noise."""
         if self.config.noise == "secure":
@@ -310,7 +314,7 @@ def _r1(x: Experiment, row: Row, seed: int, student: Head, ledger: Ledger) -> No
     teacher = Head(x.width, x.classes, seed)
     made = dp_train(
         teacher, x.private[:, : x.width], x.labels, F.cross_entropy, x.dpsgd(row, seed, PRIVATE),
-        dataset_id=PRIVATE, ledger=ledger, key="teacher",
+        dataset_id=PRIVATE, ledger=ledger, key="teacher", replay=x.replay(ledger, "teacher"),
     )  # fmt: skip
     recipes.dp_teacher(
         student, teacher, made, x.public, ledger=ledger, labels=x.visible(seed),
@@ -323,12 +327,13 @@ def _r2(x: Experiment, row: Row, seed: int, student: Head, ledger: Ledger) -> No
     ours, theirs = x.halves[STUDENTS_HALF], x.halves[TEACHERS_HALF]
     made = dp_train(
         teacher, x.private[theirs, : x.width], x.labels[theirs], F.cross_entropy,
-        x.dpsgd(row, seed, TEACHERS_HALF), dataset_id=TEACHERS_HALF, ledger=ledger, key="teacher",
+        x.dpsgd(row, seed, TEACHERS_HALF), dataset_id=TEACHERS_HALF, ledger=ledger,
+        key="teacher", replay=x.replay(ledger, "teacher"),
     )  # fmt: skip
     recipes.dp_student(
         student, teacher, made, x.private[ours, : x.width],
         x.dpsgd(row, seed + 500, STUDENTS_HALF), dataset_id=STUDENTS_HALF, ledger=ledger,
-        key="student", teacher_key="teacher",
+        key="student", teacher_key="teacher", replay=x.replay(ledger, "student"),
     )  # fmt: skip
 
 

@@ -14,12 +14,13 @@ from fastdistill.distill import environment, extras, models, resume, speed, stor
 from fastdistill.distill.config import BUNDLED
 from fastdistill.distill.data import Dataset, load
 from fastdistill.distill.directory import Directory
+from fastdistill.distill.errors import JobError
 from fastdistill.distill.job import reproducible
 from fastdistill.distill.listener import Listener
 from fastdistill.distill.private.config import STUDENT_FILTERS, PrivateConfig
-from fastdistill.distill.private.experiment import Experiment, Row, Sizes, epsilon_of, rows
+from fastdistill.distill.private.experiment import Experiment, Made, Row, Sizes, epsilon_of, rows
 from fastdistill.distill.private.features import Head
-from fastdistill.distill.private.ledger import Ledger
+from fastdistill.distill.private.ledger import BudgetExceeded, Ledger
 
 JOB = "distill-private"
 MODULES = ("rich", "safetensors", "matplotlib", "sklearn")
@@ -143,7 +144,7 @@ def _runs(experiment: Experiment, directory: Directory, listener: Listener) -> I
         path = directory.checkpoints / _file(row, seed)
         accuracy = _finished(path, experiment.run)
         if accuracy is None:
-            made = experiment.make(row, seed)
+            made = _make(experiment, row, seed)
             accuracy, ledger = experiment.accuracy(made.student), made.ledger
             about = {
                 "kind": "private student", "run": experiment.run, "row": row.name, "seed": seed,
@@ -155,6 +156,18 @@ def _runs(experiment: Experiment, directory: Directory, listener: Listener) -> I
         entry: dict[str, float] = {"epoch": 1, "loss": 0.0, "accuracy": accuracy}
         listener.progress(f"{row.name}, seed {seed}", 1, [entry])
         yield Run(row, seed, accuracy, ledger, epsilon_of(row, ledger))
+
+
+def _make(experiment: Experiment, row: Row, seed: int) -> Made:
+    try:
+        return experiment.make(row, seed)
+    except BudgetExceeded as error:
+        raise JobError(
+            f"{row.name}, seed {seed}, cannot be continued.",
+            f"Its training was interrupted after its debit, and fresh noise is a second one: "
+            f"{error}.",
+            "Start over without --resume.",
+        ) from None
 
 
 def _finished(path: Path, run_id: str) -> float | None:

@@ -148,6 +148,7 @@ def dp_student(
     temperature: float = 1.0,
     key: str = "",
     teacher_key: str | None = None,
+    replay: bool = False,
 ) -> DPTrained:
     """R2: train the student by DP-SGD on private inputs, towards a teacher that is private itself.
 
@@ -166,6 +167,7 @@ def dp_student(
         temperature: T of the soft targets and of the student, times T^2, as in `kd_loss`.
         key: names this release in the ledger's journal.
         teacher_key: as for `dp_teacher`.
+        replay: as for `training.dp_train`.
 
     Returns:
         The student's own provenance: the history of this training. The teacher's is in the ledger.
@@ -182,7 +184,7 @@ def dp_student(
 
     return dp_train(
         student, private_inputs, targets, loss, settings,
-        dataset_id=dataset_id, ledger=ledger, key=key,
+        dataset_id=dataset_id, ledger=ledger, key=key, replay=replay,
     )  # fmt: skip
 
 

@@ -118,6 +118,7 @@ def dp_train(
     dataset_id: str,
     ledger: Ledger,
     key: str = "",
+    replay: bool = False,
 ) -> DPTrained:
     """Train `model` in place by DP-SGD (Abadi et al. 2016), debited before the first step.
 
@@ -131,8 +132,9 @@ def dp_train(
         settings: all numbers.
         dataset_id: names the records.
         ledger: is debited, under add_remove or zero_out adjacency.
-        key: names the release in the ledger's journal. A seeded run, started again with a key that
-            was debited, makes the same noise and the same model: it is not debited again.
+        key: names the release in the ledger's journal.
+        replay: this very training was debited under `key` and is made again from its start, with
+            the same data and seed: the same noise and the same model, so no second release.
 
     Returns:
         The provenance of the trained model.
@@ -152,8 +154,15 @@ def dp_train(
                     "batch: no record's gradient can be clipped. Use GroupNorm"
                 )
     mechanism = settings.mechanism(dataset_id)
-    if settings.seed is None or not key or key not in ledger.keys:
+    if not replay:
         ledger.spend(mechanism, key=key)
+    elif settings.seed is None or (mechanism, key) not in zip(
+        ledger.history, ledger.keys, strict=True
+    ):
+        raise ValueError(
+            "replay: expected a seeded training whose debit the ledger holds under "
+            f"key {key!r}, got seed={settings.seed} and the keys {sorted(set(ledger.keys))}"
+        )
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.SGD(parameters.values(), settings.learning_rate, momentum=0.9)
     generator = None if settings.seed is None else torch.Generator().manual_seed(settings.seed)
