@@ -302,8 +302,7 @@ class Rows(Gradient):
 
     def square(self) -> Tensor:
         """Square norms, float64 [B]."""
-        out = torch.zeros(self.samples, 1, dtype=torch.float64, device=self.values.device)
-        return out.index_add_(0, self.sample, square_norms(self.values)[:, None])[:, 0]
+        return add_rows(self.samples, self.sample, square_norms(self.values)[:, None])[:, 0]
 
     def select(self, kept: Tensor) -> None:
         """Zero for the samples that are not kept [B]."""
@@ -312,7 +311,7 @@ class Rows(Gradient):
     def _sum(self, factor: Tensor, part: slice) -> Tensor:
         sample, token, values = self.sample, self.token, self.values
         if part != slice(None):  # keys are sorted by sample
-            first, last = torch.searchsorted(sample, torch.tensor([part.start, part.stop]))
+            first, last = torch.searchsorted(sample, sample.new_tensor([part.start, part.stop]))
             sample, token, values = (x[first:last] for x in (sample, token, values))
             sample = sample - part.start
         return add_rows(self.shape[0], token, values * factor.to(values.dtype)[sample][:, None])
