@@ -133,3 +133,74 @@ def test_engine_with_epsilon_refuses_other_sampling():
             poisson_sampling=False,
             grad_sample_mode="ghost_fused",
         )
+
+
+def names():
+    """(where, attributes, parameters that are given by name) of what the engine relies on."""
+    from opacus import accountants, data_loader, grad_sample, optimizers
+    from opacus.accountants import utils
+    from opacus.grad_sample import functorch
+    from opacus.layers import dp_rnn
+    from opacus.optimizers import optimizer
+    from opacus.utils import uniform_sampler
+
+    private_optimizer = (
+        "params clip_and_accumulate add_noise scale_grad pre_step step zero_grad load_state_dict "
+        "accumulated_iterations attach_step_hook signal_skip_step _check_skip_next_step"
+    )
+    wrapper = "add_hooks remove_hooks enable_hooks disable_hooks forbid_grad_accumulation"
+    sizes = "optimizer noise_multiplier max_grad_norm expected_batch_size loss_reduction"
+    return [
+        (opacus.PrivacyEngine, "validate save_checkpoint load_checkpoint get_epsilon", ""),
+        (opacus.PrivacyEngine._prepare_model, "", "module batch_first loss_reduction"),
+        (opacus.PrivacyEngine._prepare_optimizer, "", "optimizer noise_generator clipping"),
+        (opacus.PrivacyEngine._prepare_criterion, "", "module optimizer criterion"),
+        (optimizers.DPOptimizer, private_optimizer, f"{sizes} generator secure_mode"),
+        (optimizer, "_check_processed_flag _mark_as_processed", ""),
+        (grad_sample, "AbstractGradSampleModule", ""),
+        (grad_sample.GradSampleModule, "GRAD_SAMPLERS", ""),
+        (grad_sample.GradSampleModuleFastGradientClipping, wrapper,
+         "m batch_first loss_reduction strict max_grad_norm"),
+        (functorch, "ft_compute_per_sample_gradient", ""),
+        (functorch.prepare_layer, "", "layer batch_first"),
+        (dp_rnn, "RNNLinear DPRNN DPLSTM DPGRU", ""),
+        (data_loader, "DPDataLoader", ""),
+        (uniform_sampler.UniformWithReplacementSampler, "",
+         "num_samples sample_rate generator steps"),
+        (accountants.RDPAccountant, "get_optimizer_hook_fn mechanism get_epsilon state_dict", ""),
+        (accountants, "create_accountant", ""),
+        (utils.get_noise_multiplier, "",
+         "target_epsilon target_delta sample_rate steps accountant epsilon_tolerance"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("where, attributes, parameters", names(), ids=lambda x: str(x)[:40])
+def test_engine_names_of_opacus(where, attributes, parameters):
+    """Opacus's own, many of them private: an update that moves one fails here first."""
+    for name in attributes.split():
+        assert hasattr(where, name), name
+    assert set(parameters.split()) <= set(inspect.signature(where).parameters if parameters else ())
+
+
+def test_engine_state_of_opacus():
+    """What its objects keep and the engine reads or writes."""
+    engine, theirs_ = engines()
+    for module, optimizer, *_ in (made(engine, "ghost_fused"), made(theirs_, "ghost")):
+        for name in ("_step_skip_queue", "_is_last_step_skipped", "step_hook", "original_optimizer",
+                     "generator", "secure_mode", "expected_batch_size"):  # fmt: skip
+            assert hasattr(optimizer, name), name
+        for name in ("hooks_enabled", "autograd_grad_sample_hooks", "_module", "batch_first",
+                     "loss_reduction", "max_grad_norm"):  # fmt: skip
+            assert hasattr(module, name), name
+        assert hasattr(optimizer.params[0], "summed_grad")
+    assert theirs_.accountant.history == []
+
+
+def test_engine_counts_a_batch_of_several_passes_once():
+    """Opacus's ghost says 1 whatever was accumulated; a second pass is refused here."""
+    module, optimizer, criterion, _ = made(engines()[0], "ghost_fused")
+    x, y = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
+    (criterion(module(x), y) + criterion(module(2 * x), y)).backward()
+    assert optimizer.accumulated_iterations == 1
+    with pytest.raises(ValueError, match="grad accumulation"):
+        criterion(module(x), y).backward()
