@@ -88,6 +88,8 @@ def _file(name: str, results: dict, folder: Path) -> Iterator[str]:
             if (folder / picture).exists():
                 yield f"![{picture}](../bench/results/{picture})"
         yield ""
+    for case in results.get("left_out", []):
+        yield f"- left out: {case}"
     if any(row["op"] in ("kd", "softmax", "hint") for row in both):
         yield "<details><summary>What was promised, and what was measured</summary>"
         yield ""

@@ -1,5 +1,6 @@
 """The benchmark suite: what it writes, that it tells right from wrong, how it takes time."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -409,6 +410,64 @@ def test_bench_times_a_gpu_with_events(monkeypatch):
     pieces = {name: step()["both"] * 1e3 for name, step in limits.cuda_steps(x, steps).items()}
     found = limits.combine(pieces, "cuda", cases.OPS["kd"].limit(x), x)
     assert found["ms"] == pytest.approx(1.0)
+
+
+def test_bench_replays_a_step_as_a_graph(monkeypatch):
+    """The code that needs a GPU: a capture holds one forward and backward, and only it is timed."""
+    calls, captured = [], []
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    class Graph:
+        def replay(self):
+            calls.append("replay")
+
+    @contextlib.contextmanager
+    def capture(graph):
+        before = len(calls)
+        yield
+        captured.append(len(calls) - before)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(timing.CudaSteps, "__init__", lambda self: None)
+    steps = timing.CudaSteps()
+    steps.call = lambda work: lambda: work() or {"both": 0.25}
+    x = cases.kd_inputs((4, 33), "fp32", "cpu")
+    contender = cases.Contender(lambda x: calls.append("loss") or x.student.sum())
+    step = steps.replay(contender, x)
+    assert calls == ["loss"] * 4 and captured == [1] and x.student.grad is None
+    assert step() == {timing.REPLAY: 0.25} and calls[-1] == "replay"
+
+    def refused(graph):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "graph", refused)
+    text = worker._replay(steps, contender, x)
+    assert text == "RuntimeError: operation not permitted when stream is capturing"
+
+
+def test_bench_prints_the_model_beside_the_figure():
+    both = {
+        **row([512, 32000], triton=0.04, limit=0.03), "device": "cuda", "repetitions": 9,
+        "dropped": 0, "error": {"triton": {"loss": 1e-8, "gradient": 1e-8}},
+        "right": {"triton": True}, "gb_per_s": {"triton": 1.0}, "peak_mb": {"triton": 1.0},
+        "limit": {"ms": 0.03}, "skipped": {}, "noisy": [],
+        "modelled": {"gpu": "H100", "kernel": "k", "ms": 0.02, "bound": "memory", "least_ms": 0.01,
+                     "measured_over_modelled": {"triton": 2.0}},
+    }  # fmt: skip
+    rows = [{**both, "pass": kind} for kind in (*timing.PASSES, timing.REPLAY)]
+    text = report.table({"rows": rows})
+    assert (
+        "0.020  (k on H100, bound by memory; any implementation 0.010; measured: triton x 2.00)"
+        in text
+    )
+    assert "triton, as a graph" in text
 
 
 @pytest.mark.gpu
