@@ -591,6 +591,24 @@ def check_accountant(of: Engine) -> None:
         assert engine.accountant.mechanism() == name
 
 
+def check_debit(of: Engine) -> None:
+    """Nothing is released that has not been debited: the account comes before the noise."""
+
+    def fail(optimizer: Any) -> None:
+        raise OSError("the ledger cannot be written")
+
+    run = Run(of, mlp(), 1.0)
+    run.optimizer.attach_step_hook(fail)
+    run.optimizer.zero_grad()
+    run.backward(*records(3, 6))
+    try:
+        run.optimizer.step()
+    except OSError:
+        assert all(p.grad is None for p in run.optimizer.params), "released, but not debited"
+        return
+    raise AssertionError("the account was not asked")
+
+
 def check_refusals(of: Engine) -> None:
     """What would not be what the accountant says."""
     model = nn.Linear(3, 2)
@@ -675,5 +693,5 @@ CHECKS = [
     check_formula, check_sensitivity, check_neighbours, check_cancellation,
     check_cancellation_of_convolutions, check_far, check_tied, check_replay, check_not_finite,
     check_virtual, check_noise, check_secrecy, check_per_layer, check_schedule, check_rollback,
-    check_sampler, check_loader, check_accountant, check_refusals, check_audit,
+    check_sampler, check_loader, check_accountant, check_debit, check_refusals, check_audit,
 ]  # fmt: skip

@@ -58,9 +58,12 @@ MUTATIONS = {
         "release.stream(self.noise_multiplier * (self._samples > 0),", "replay",
     ),
     "divided twice": (
-        "optimizer", "        self.add_noise()\n        if self.step_hook",
-        "        self.add_noise()\n        super().scale_grad()\n        if self.step_hook",
-        "noise",
+        "optimizer", "        self.add_noise()\n",
+        "        self.add_noise()\n        super().scale_grad()\n", "noise",
+    ),
+    "noise before the debit": (
+        "optimizer", "        if self.step_hook:  #",
+        "        self.add_noise()\n        if self.step_hook:  #", "debit",
     ),
     "the norms of the step before": (
         "optimizer", "        found = torch.stack(",

@@ -222,9 +222,9 @@ class PrivateOptimizer(DPOptimizer):
         if self._check_skip_next_step():
             self._is_last_step_skipped = True
             return False
-        self.add_noise()
-        if self.step_hook:
+        if self.step_hook:  # the budget is debited before there is anything to see
             self.step_hook(self)
+        self.add_noise()
         self._is_last_step_skipped = False
         return True
 
