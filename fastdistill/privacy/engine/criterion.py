@@ -101,6 +101,9 @@ class PrivateLoss:
     def __float__(self) -> float:
         return self.item()
 
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if spec else repr(self)
+
     def __repr__(self) -> str:
         return f"PrivateLoss({len(self.loss_per_sample)} samples, {self.loss_reduction})"
 

@@ -24,7 +24,7 @@ from fastdistill.privacy import release
 from fastdistill.privacy.engine.criterion import PrivateCriterion
 from fastdistill.privacy.engine.module import MEMORY_BUDGET, PrivateModule
 from fastdistill.privacy.engine.optimizer import PrivateOptimizer
-from fastdistill.privacy.engine.sampling import PoissonDataLoader
+from fastdistill.privacy.engine.sampling import PoissonDataLoader, check_order
 
 MODE = "ghost_fused"
 ZERO_OUT, ADD_REMOVE = "zero-out", "add/remove"
@@ -170,6 +170,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if isinstance(max_grad_norm, Sequence) and not isinstance(max_grad_norm, str):
             max_grad_norm = list(max_grad_norm)
         _refuse(module, optimizer, wrap_model)
+        if poisson_sampling:
+            check_order(data_loader)
         sampling = _sampling(data_loader, kwargs)
         if kwargs:
             raise TypeError(
@@ -182,26 +184,36 @@ class PrivacyEngine(opacus.PrivacyEngine):
             loss_reduction=loss_reduction,
             grad_sample_mode=grad_sample_mode,
         )
-        wrapped.forbid_grad_accumulation()
-        private = self._prepare_optimizer(
-            optimizer=optimizer,
-            noise_multiplier=noise_multiplier,
-            max_grad_norm=max_grad_norm,
-            expected_batch_size=sampling.expected_batch_size,
-            loss_reduction=loss_reduction,
-            noise_generator=noise_generator,
-            clipping=clipping,
-            grad_sample_mode=grad_sample_mode,
-        )
-        wrapped.attach(private.settings)
-        private.attach_step_hook(
-            self.accountant.get_optimizer_hook_fn(sample_rate=sampling.sample_rate)
-        )
-        loader = self._loader(data_loader, poisson_sampling, batch_first, noise_generator, sampling)
-        self.adjacency = sampling.adjacency
-        private_criterion = self._prepare_criterion(
-            module=wrapped, optimizer=private, criterion=criterion, loss_reduction=loss_reduction
-        )
+        try:
+            wrapped.forbid_grad_accumulation()
+            private = self._prepare_optimizer(
+                optimizer=optimizer,
+                noise_multiplier=noise_multiplier,
+                max_grad_norm=max_grad_norm,
+                expected_batch_size=sampling.expected_batch_size,
+                loss_reduction=loss_reduction,
+                noise_generator=noise_generator,
+                clipping=clipping,
+                grad_sample_mode=grad_sample_mode,
+            )
+            wrapped.attach(private.settings)
+            private.attach_step_hook(
+                self.accountant.get_optimizer_hook_fn(sample_rate=sampling.sample_rate)
+            )
+            loader = self._loader(
+                data_loader, poisson_sampling, batch_first, noise_generator, sampling
+            )
+            self.adjacency = sampling.adjacency
+            private_criterion = self._prepare_criterion(
+                module=wrapped,
+                optimizer=private,
+                criterion=criterion,
+                loss_reduction=loss_reduction,
+            )
+        except Exception:
+            if wrapped is not module:
+                wrapped.remove_hooks()  # the module as it was, for another try
+            raise
         return wrapped, private, private_criterion, loader
 
     def make_private_with_epsilon(  # type: ignore[override]
@@ -235,10 +247,12 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 "here is for a loader that samples otherwise"
             )
         tolerance = kwargs.pop("epsilon_tolerance", 0.01)
-        rate, steps = 1 / len(data_loader), len(data_loader)
         if grad_sample_mode == MODE:
+            check_order(data_loader)
             found = _sampling(data_loader, dict(kwargs))
             rate, steps = found.sample_rate, found.steps
+        else:
+            rate, steps = 1 / len(data_loader), len(data_loader)
         if len(self.accountant) > 0:
             warnings.warn(
                 "make_private_with_epsilon: the accountant has spent budget already; the noise is "
@@ -430,7 +444,10 @@ def _refuse(module: nn.Module, optimizer: torch.optim.Optimizer, wrap_model: boo
     known = set(module.parameters())
     for p in chain.from_iterable(group["params"] for group in optimizer.param_groups):
         if p not in known:
-            raise ValueError("optimizer: expected parameters of the module, got others")
+            raise ValueError(
+                "optimizer: expected parameters of the module, got others (make the optimizer "
+                "after whatever replaces layers, such as ModuleValidator.fix)"
+            )
 
 
 def _sampling(data_loader: DataLoader[Any], kwargs: dict[str, Any]) -> _Sampling:

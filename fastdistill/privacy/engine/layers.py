@@ -266,6 +266,11 @@ def find(layer: nn.Module, name: str, batch_first: bool) -> tuple[Rule, str]:
                     f"module: {name}: {setting}={getattr(layer, setting)}: expected an embedding "
                     "without it: samples would change each other's contribution, or none be dense"
                 )
+    if isinstance(layer, nn.EmbeddingBag):
+        raise ValueError(
+            f"module: {name or 'the module'} (EmbeddingBag): expected another layer: bags of many "
+            "samples are one input; use Embedding, and sum or mean its output"
+        )
     if rule is not None:
         return rule, FUSED
     sampler = GradSampleModule.GRAD_SAMPLERS.get(type(layer))

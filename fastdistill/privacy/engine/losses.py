@@ -31,6 +31,13 @@ FUNCTIONS: tuple[Callable[..., Any], ...] = (
 )  # fmt: skip
 CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
 """Those with an ignore_index: what it marks is not counted."""
+ELEMENTWISE = (
+    nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.KLDivLoss, nn.PoissonNLLLoss,
+    nn.GaussianNLLLoss, nn.SoftMarginLoss, nn.MultiLabelSoftMarginLoss, nn.HingeEmbeddingLoss,
+    F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.kl_div, F.poisson_nll_loss,
+    F.gaussian_nll_loss, F.soft_margin_loss, F.multilabel_soft_margin_loss, F.hinge_embedding_loss,
+)  # fmt: skip
+"""Those that torch broadcasts, of [B, 1] and [B] to all pairs of samples."""
 
 
 class PerSample:
@@ -80,6 +87,8 @@ class PerSample:
             return self._distilled(args, kwargs)
         if self.kind in (hint_loss, HintLosses):
             return self._hinted(args, kwargs)
+        if self.kind in ELEMENTWISE:
+            _alike(*args[:2], kwargs.get("input"), kwargs.get("target"))
         values = self._values(args, kwargs)
         if self.own == "none":
             if values.ndim != 1:
@@ -166,6 +175,15 @@ class PerSample:
 def _all(masks: Sequence[Tensor | None]) -> Tensor | None:
     present = [m for m in masks if m is not None]
     return functools.reduce(torch.logical_and, present) if present else None
+
+
+def _alike(*tensors: Any) -> None:
+    shapes = [list(t.shape) for t in tensors if isinstance(t, Tensor)]
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError(
+            "criterion: expected tensors of one shape, got "
+            f"{' and '.join(map(str, shapes))}: broadcast, one sample's loss would depend on others"
+        )
 
 
 def _named(criterion: Any) -> str:

@@ -47,6 +47,7 @@ class PrivateModule(GradSampleModuleFastGradientClipping):
         self._before = max_grad_norm
         self._book = Book()
         self.samplers: dict[str, str] = {}
+        self._inputs = 0  # the largest batch since the last backward pass
         self._workspace = Workspace(memory_budget)
         super().__init__(
             m,
@@ -78,14 +79,21 @@ class PrivateModule(GradSampleModuleFastGradientClipping):
         self.autograd_grad_sample_hooks: list[Any] = []
         self._patched: list[nn.Module] = []
         self._book.model = self
-        for name, layer in _layers(self._module):
-            rule, how = layers.find(layer, name, self.batch_first)
-            self.samplers[name] = how
-            if how != layers.FUSED:
-                logger.warning("%s (%s): %s", name or "the module", type(layer).__name__, how)
-            patch(layer, self._book, name, rule, how != layers.FUSED)
-            self._patched.append(layer)
+        try:
+            for name, layer in _layers(self._module):
+                self._add(name, layer)
+        except Exception:
+            self.remove_hooks()
+            raise
         self.enable_hooks()
+
+    def _add(self, name: str, layer: nn.Module) -> None:
+        rule, how = layers.find(layer, name, self.batch_first)
+        self.samplers[name] = how
+        if how != layers.FUSED:
+            logger.warning("%s (%s): %s", name or "the module", type(layer).__name__, how)
+        patch(layer, self._book, name, rule, how != layers.FUSED)
+        self._patched.append(layer)
 
     def remove_hooks(self) -> None:
         """The layers as they were."""
@@ -104,6 +112,15 @@ class PrivateModule(GradSampleModuleFastGradientClipping):
         """Let the layers behave as if they were not patched."""
         self.hooks_enabled = self._book.on = False
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's."""
+        if self.training and torch.is_grad_enabled():
+            for x in (*args, *kwargs.values()):
+                if isinstance(x, Tensor) and x.ndim:
+                    dim = 0 if self.batch_first or x.ndim == 1 else 1
+                    self._inputs = max(self._inputs, x.shape[dim])
+        return super().forward(*args, **kwargs)
+
     def get_norm_sample(self) -> Tensor:
         """Not kept: per-sample norms are not private."""
         raise NotImplementedError('ghost_fused keeps no norms: use grad_sample_mode="hooks"')
@@ -118,8 +135,16 @@ class PrivateModule(GradSampleModuleFastGradientClipping):
         Raises:
             RuntimeError: a parameter is used outside the layer that holds it, or in evaluation
                 mode: its gradient is then not known for each sample.
-            ValueError: a layer's batch is not that of the losses.
+            ValueError: a layer's batch is not that of the losses, or there are more losses than
+                samples went in: each would be clipped by itself, and a sample count several times.
         """
+        inputs, self._inputs = self._inputs, 0
+        if samples > inputs > 0:
+            raise ValueError(
+                f"criterion: expected one loss for each of at most {inputs} samples that the "
+                f"module was given, got {samples}; losses of tokens: criterion(logits, labels, "
+                "shape=(samples, tokens))"
+            )
         parameters = [p for p in self._module.parameters() if p.requires_grad]
         before = [p.grad for p in parameters]
         found: dict[Tensor, list[Piece]] = {}
@@ -137,7 +162,8 @@ class PrivateModule(GradSampleModuleFastGradientClipping):
             names = {id(p): name for name, p in self._module.named_parameters()}
             raise RuntimeError(
                 f"module: {', '.join(names[id(p)] for p in outside)}: used outside the layer that "
-                "holds it, or in evaluation mode; its gradient is not known for each sample"
+                "holds it, or in evaluation mode, or frozen when make_private was called; its "
+                "gradient is not known for each sample"
             )
         with torch.no_grad(), full_precision(loss.device):
             return {p: combine(some, self._workspace, p) for p, some in found.items()}
@@ -179,7 +205,8 @@ def _batch_first(
         raise ValueError(
             f"module: {use.name or 'the module'} ({type(use.layer).__name__}): expected an input "
             f"with {samples} samples (as the loss has) in dimension {dim}, got shape "
-            f"{list(use.x.shape)}; expand what all samples share, and keep samples apart"
+            f"{list(use.x.shape)}; expand what all samples share, and keep samples apart (where "
+            "the losses are those of tokens: criterion(logits, labels, shape=(samples, tokens)))"
         )
     if dim == 0:
         return use.x, use.kept, use.grad

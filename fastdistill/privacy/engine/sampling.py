@@ -10,7 +10,14 @@ import torch
 from opacus.data_loader import DPDataLoader
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 from torch.utils.data._utils.collate import default_collate
 
 
@@ -70,10 +77,34 @@ class EmptyAware:
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return type(value)(*(self._cut(item) for item in value))
         if isinstance(value, list | tuple):
+            if len(value) == 1 and not isinstance(value[0], Tensor | Mapping | list | tuple):
+                return value[:0]  # such as the samples' texts
             return type(value)(self._cut(item) for item in value)
         raise TypeError(
             "data_loader: expected its collate function to make tensors, or mappings, lists and "
             f"tuples of them, got {type(value).__name__}: an empty batch cannot be made of it"
+        )
+
+
+def check_order(like: DataLoader[Any]) -> None:
+    """Refuse a loader whose order means something: Poisson sampling would drop it unsaid."""
+    if isinstance(like.dataset, IterableDataset):
+        raise ValueError(
+            "data_loader: expected a dataset with indices, got an IterableDataset: it cannot "
+            "be sampled by Poisson"
+        )
+    drawn = getattr(like.batch_sampler, "sampler", like.batch_sampler)
+    known = isinstance(drawn, SequentialSampler | UniformWithReplacementSampler) or (
+        isinstance(drawn, RandomSampler)
+        and not drawn.replacement
+        and drawn.num_samples == len(like.dataset)  # type: ignore[arg-type]
+    )
+    if not known or type(like.batch_sampler) not in (BatchSampler, type(drawn)):
+        odd = like.batch_sampler if known else drawn
+        raise ValueError(
+            "data_loader: expected one that takes each sample once (batch_size, shuffle), got "
+            f"{type(odd).__name__}: Poisson sampling draws from the whole data set instead; "
+            "choose samples by torch.utils.data.Subset"
         )
 
 
@@ -90,11 +121,6 @@ class PoissonDataLoader(DPDataLoader):
         batch_first: bool,
     ) -> None:
         dataset = like.dataset
-        if isinstance(dataset, IterableDataset):
-            raise ValueError(
-                "data_loader: expected a dataset with indices, got an IterableDataset: it cannot "
-                "be sampled by Poisson"
-            )
         self.sample_rate, self.distributed = sample_rate, False
         DataLoader.__init__(
             self,
