@@ -132,7 +132,7 @@ class DrawsFirst(Answers):
     def _release(self, rows):
         index = torch.tensor(rows)
         key = committee.digest(repr(rows).encode())
-        sums = self._draw(index)
+        sums = self._draw(index, None)
         self.ledger.spend(self.mechanism(len(rows)), key=key)
         about = {"identity": self.identity, "key": key}
         store.save(
@@ -257,6 +257,19 @@ def test_a_kill_at_any_write_loses_no_debit_and_no_kept_answer_is_paid_twice(tmp
 def test_that_check_finds_what_breaks_it(kind, tmp_path, monkeypatch):
     with pytest.raises(AssertionError, match="step"):
         check_kills(tmp_path, kind, monkeypatch)
+
+
+def test_a_seed_that_begins_again_does_not_repeat_its_noise(tmp_path):
+    """Two answers of one noise have a difference without any."""
+
+    def noise(row, **changes):
+        x = oracle(tmp_path, generator=torch.Generator().manual_seed(0), **changes)
+        truth = (x.committee.says[:, row] / x.temperature).softmax(1).sum(0)
+        return x.ask(torch.tensor([row]))[0] - truth
+
+    first = noise(0)
+    for other in (noise(1), noise(0, temperature=2.0), noise(0, teachers=Fixed(1))):
+        assert float((first - other).abs().max()) > 0.1
 
 
 def test_answers_do_not_outlive_their_debit(tmp_path):

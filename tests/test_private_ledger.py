@@ -147,6 +147,13 @@ def test_provenance_from_the_history_of_opacus():
     assert found == pytest.approx(theirs.get_epsilon(DELTA), abs=0.02)
 
 
+def test_exchanging_a_record_moves_an_unsampled_step_by_twice_the_clip_norm():
+    settings = {"max_grad_norm": 3.0, "dataset_id": "private", "delta": DELTA}
+    one = DPTrained.from_opacus([(2.0, 1.0, 3)], adjacency="zero_out", **settings)
+    two = DPTrained.from_opacus([(2.0, 1.0, 3)], adjacency="replace", **settings)
+    assert accounting.mu(two.history) == pytest.approx(2 * accounting.mu(one.history))
+
+
 # The ledger
 
 
@@ -168,6 +175,29 @@ def test_the_ledger_composes_all_stages_and_prints_them():
         assert part in text
     with pytest.raises(ValueError, match="do not add up"):
         book.include(DPTrained((ANSWERS,), "private", "replace", DELTA), "other")
+
+
+def test_a_key_of_another_release_debits_no_teacher_for_free():
+    book = ledger()
+    book.spend(ANSWERS, key="teacher")
+    with pytest.raises(ValueError, match="key: expected that of this teacher's debit"):
+        book.include(DPTrained((TRAINING,), "private", "zero_out", DELTA), "teacher")
+    assert book.history == (ANSWERS,)
+
+
+def test_a_teacher_brings_along_what_its_own_teachers_cost():
+    other = Mechanism("DP-SGD", "other", 1.0, 1.1, 0.02, 1, 500)
+    teacher = DPTrained((TRAINING,), "private", "zero_out", DELTA, inherited=(other,))
+    book = ledger()
+    book.include(teacher, "teacher")
+    book.include(teacher, "teacher")
+    assert book.history == (other, TRAINING)
+    half = ledger()
+    half.spend(TRAINING, key="teacher")  # its own training was debited here, the other elsewhere
+    half.include(teacher, "teacher")
+    assert half.history == (TRAINING, other)
+    with pytest.raises(ValueError, match="not under replace"):
+        DPTrained((ANSWERS,), "private", "replace", DELTA, inherited=(TRAINING,))
 
 
 def test_disjoint_data_sets_cost_the_largest_and_others_the_sum():
@@ -236,6 +266,13 @@ def test_the_numerical_accountant_takes_a_schedule_only():
     assert book.epsilon() < epsilon([TRAINING, ANSWERS], DELTA, "rdp")
 
 
+def test_a_schedule_that_is_left_early_guarantees_what_it_was():
+    book = ledger(schedule=[ANSWERS, ANSWERS], accountant="gaussian")
+    book.spend(ANSWERS)
+    assert book.epsilon() == epsilon([ANSWERS], DELTA, "gaussian") < book.guarantee()
+    assert book.guarantee() == epsilon([ANSWERS, ANSWERS], DELTA, "gaussian")
+
+
 def test_sampling_is_refused_under_replace():
     with pytest.raises(ValueError, match="not under replace"):
         ledger(adjacency="replace").spend(TRAINING)
@@ -270,6 +307,40 @@ def test_a_ledger_goes_on_from_its_journal(tmp_path):
         again.spend(ANSWERS)
     with pytest.raises(ValueError, match="another 'ledger'"):
         ledger(path=path, adjacency="add_remove")
+
+
+def test_epsilon_counts_what_another_ledger_spent_on_the_journal(tmp_path):
+    first, second = (ledger(path=tmp_path / "ledger.jsonl") for _ in range(2))
+    second.spend(ANSWERS)
+    assert first.epsilon() == second.epsilon() > 0
+    assert len(first.stages()) == 1 and first.history == (ANSWERS,)
+
+
+def test_a_journal_that_loses_debits_is_refused(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    book = ledger(path=path, budget=3.1, accountant="gaussian")
+    book.spend(ANSWERS)
+    path.unlink()
+    for use in (book.epsilon, lambda: book.spend(ANSWERS), book.reload):
+        with pytest.raises(ValueError, match="no longer holds the 1 debits"):
+            use()
+
+
+def test_a_journal_that_has_passed_the_budget_or_left_the_schedule_is_refused(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    small = ledger(path=path, budget=2.5, accountant="gaussian")
+    free = ledger(path=path)
+    free.spend(ANSWERS)
+    assert small.guarantee() == 2.5 and small.history == (ANSWERS,)
+    free.spend(ANSWERS)
+    with pytest.raises(ValueError, match="has passed epsilon = 2.5"):
+        small.spend(ANSWERS)
+    for accountant in ("gaussian", "rdp"):
+        with pytest.raises(ValueError, match="has passed epsilon = 2.5"):
+            ledger(path=path, budget=2.5, accountant=accountant)
+    with pytest.raises(ValueError, match="no beginning of it"):
+        ledger(path=path, schedule=[TRAINING])
+    assert ledger(path=path, schedule=[ANSWERS] * 3).history == (ANSWERS, ANSWERS)
 
 
 def test_a_torn_line_is_cut_off_and_any_other_damage_refused(tmp_path):

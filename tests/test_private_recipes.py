@@ -180,6 +180,34 @@ def test_r2_composes_with_its_teacher():
         assert accuracy(student) > 0.75
 
 
+def test_r2_students_carry_their_teachers_history_to_other_ledgers():
+    """Else what a student of the student costs the teacher's records would be counted nowhere."""
+    teacher, made, ledger = dp_made()
+    x, _ = problem(200, 3)
+    settings = DPSGD(0.1, 2, 2.0, 1.0, 20, 0.5, seed=1)
+    student = net()
+    second = dp_student(
+        student, teacher, made, x, settings, dataset_id="other", ledger=ledger, key="student"
+    )
+    elsewhere = book()
+    quick = Training(steps=1)
+    dp_teacher(net(), student, second, x, ledger=elsewhere, training=quick)
+    assert set(elsewhere.history) == set(ledger.history) and len(elsewhere.history) == 2
+    before = ledger.history
+    dp_teacher(net(), student, second, x, ledger=ledger, training=quick, teacher_key="student")
+    assert set(ledger.history) == set(before)
+
+
+def test_r2_refuses_a_teacher_that_normalises_by_the_batch():
+    teacher = nn.Sequential(net(), nn.BatchNorm1d(CLASSES, track_running_stats=False))
+    settings, ledger = DPSGD(0.1, 2, 2.0, 1.0, 20, 0.5, seed=1), book()
+    with pytest.raises(ValueError, match="1 is BatchNorm1d without running statistics"):
+        dp_student(
+            net(), teacher, Public(), problem(20, 3)[0], settings, dataset_id="d", ledger=ledger
+        )
+    assert ledger.history == ()
+
+
 def test_r2_takes_the_teacher_in_evaluation_mode():
     """In training mode batch normalisation would make each target depend on other records."""
     teacher = nn.Sequential(nn.BatchNorm1d(FEATURES), net())

@@ -54,7 +54,9 @@ class Answers:
         ledger: is debited. With `folder` it must have a journal: an answer may not outlive its
             debit.
         folder: where answers are kept; None: in memory only.
-        generator: of the noise; None is the secure one (see `privacy.noisy_softmax_sum`).
+        generator: of the noise; None is the secure one (see `privacy.noisy_softmax_sum`). The
+            release's place in the ledger is mixed in: a seed that begins again after a restart
+            does not repeat its noise on other queries, whose difference would then have none.
 
     Raises:
         TypeError, ValueError: an argument, or kept answers whose debit the ledger does not have.
@@ -145,18 +147,29 @@ class Answers:
         with torch.no_grad():
             first = self.committee.logits(self.queries[index[:1]])  # before the debit: it may fail
         block = max(BLOCK // max(first.numel(), 1), 1)
+        generator = self._stream(key)
         self.ledger.spend(self.mechanism(len(rows)), key=key)
-        sums = torch.cat([self._draw(part) for part in index.split(block)])
+        sums = torch.cat([self._draw(part, generator) for part in index.split(block)])
         if self.folder is not None:
             about = {"kind": "answers", "identity": self.identity, "key": key}
             path = self.folder / f"{self._prefix}{key[:16]}.safetensors"
             store.save(path, {"rows": index, "sums": sums}, about)
         self._answered |= dict(zip(rows, sums, strict=True))
 
-    def _draw(self, rows: Tensor) -> Tensor:
+    def _stream(self, key: str) -> torch.Generator | None:
+        """Of the noise of one release: the same answer again, or noise that no other had."""
+        if self.generator is None:
+            return None
+        drawn = torch.empty((), dtype=torch.int64, device=self.generator.device)
+        drawn.random_(generator=self.generator)
+        place = list(dict.fromkeys((*self.ledger.keys, key))).index(key)
+        seed = hashlib.sha256(f"{int(drawn)} {place}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(seed[:8], "little"))
+
+    def _draw(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
         logits = self.committee.logits(self.queries[rows])
         return noisy_softmax_sum(
-            logits, self.temperature, self.noise_std, generator=self.generator
+            logits, self.temperature, self.noise_std, generator=generator
         ).float()
 
     def _secret(self) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -134,7 +135,32 @@ class Ledger:
                     f"path: the journal {self._journal.path} has another {self.scope!r}: "
                     f"{record.get('settings')}, not {self._header()}"
                 )
-        self._entries = [(Mechanism.from_json(m), r["key"]) for r in ours for m in r["mechanisms"]]
+        held = [(Mechanism.from_json(m), r["key"]) for r in ours for m in r["mechanisms"]]
+        before = len(self._entries)
+        if held[:before] != self._entries:
+            raise ValueError(
+                f"path: the journal {self._journal.path} no longer holds the {before} debits that "
+                "this ledger knows of: it was cut, replaced or removed"
+            )
+        if len(held) > before:
+            self._entries = held
+            self._check_held([m for m, _ in held])
+
+    def _check_held(self, history: Sequence[Mechanism]) -> None:
+        """A journal may hold more than this ledger would have let pass."""
+        if self.schedule is not None and self.schedule[: len(history)] != tuple(history):
+            raise ValueError(
+                f"schedule: the journal holds {[m.name for m in history]}, which is no beginning "
+                "of it: it was not fixed in advance"
+            )
+        if self.budget is None:
+            return
+        for name, part in self._parts(history).items():
+            if self._passes(part):
+                raise ValueError(
+                    f"budget: what the journal holds on {name} has passed epsilon = "
+                    f"{self.budget:g} at delta = {self.delta:g} already: {self._epsilon(part):.4g}"
+                )
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -145,15 +171,21 @@ class Ledger:
             self._load()  # another process may have spent
             yield
 
+    def _held(self) -> list[tuple[Mechanism, str]]:
+        """All debits, those of other processes and ledgers on the same journal included."""
+        if self._journal is not None:
+            self._load()  # whole lines alone are read: no lock is needed
+        return self._entries
+
     @property
     def history(self) -> tuple[Mechanism, ...]:
         """All that was debited, in order."""
-        return tuple(m for m, _ in self._entries)
+        return tuple(m for m, _ in self._held())
 
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys of all debits, in order."""
-        return tuple(key for _, key in self._entries)
+        return tuple(key for _, key in self._held())
 
     @property
     def durable(self) -> bool:
@@ -195,7 +227,7 @@ class Ledger:
         """Debit the history of a teacher, once for each key, which names that teacher's release.
 
         Raises:
-            ValueError: its adjacency is another one.
+            ValueError: its adjacency is another one, or `key` names another release.
             BudgetExceeded: see `spend`.
         """
         if teacher.adjacency != self.adjacency:
@@ -204,7 +236,17 @@ class Ledger:
                 f"{teacher.adjacency}: their sensitivities do not add up to one statement"
             )
         if key not in self.keys:
-            self.spend(*teacher.history, key=key)
+            self.spend(*teacher.inherited, *teacher.history, key=key)
+            return
+        under_key = Counter(m for m, other in self._held() if other == key)
+        if Counter(teacher.history) - under_key:
+            raise ValueError(
+                f"key: expected that of this teacher's debit, but under {key!r} the ledger holds "
+                f"{[m.to_json() for m in under_key]}, not {[m.to_json() for m in teacher.history]}"
+            )
+        lacking = Counter((*teacher.inherited, *teacher.history)) - Counter(self.history)
+        if lacking:
+            self.spend(*lacking.elements(), key=key)
 
     def _refuse(self, mechanisms: Sequence[Mechanism]) -> None:
         before = len(self._entries)
@@ -231,9 +273,9 @@ class Ledger:
         assert self.budget is not None
         if self._accountant == "gaussian":
             spent = accounting.gaussian_delta(accounting.mu(history), self.budget)
-            return spent > self.delta
+            return not spent <= self.delta  # a NaN passes it
         assert self.order is not None
-        return accounting.rdp(history, [self.order])[0] > self._allowed(self.order)
+        return not accounting.rdp(history, [self.order])[0] <= self._allowed(self.order)
 
     def _parts(self, history: Sequence[Mechanism]) -> dict[str, list[Mechanism]]:
         """What composes, by data set; all in one where the data sets may overlap."""
@@ -266,7 +308,13 @@ class Ledger:
         )
 
     def guarantee(self) -> float:
-        """The epsilon that holds whatever was chosen from earlier results: the budget, if any."""
+        """The epsilon that holds whatever was chosen from earlier results.
+
+        The budget; or that of the whole schedule, which may have been left early because of them.
+        With neither nothing may be chosen so, and it is `epsilon`.
+        """
+        if self.schedule is not None:
+            return self._epsilon(self.schedule)
         return self.epsilon() if self.budget is None else self.budget
 
     def accountants(self) -> str:
@@ -277,14 +325,16 @@ class Ledger:
     def stages(self) -> list[dict[str, Any]]:
         """One entry per debit: its mechanism, key, epsilon alone and epsilon of all up to it."""
         found = []
-        for i, (m, key) in enumerate(self._entries):
+        held = self._held()
+        history = [m for m, _ in held]
+        for i, (m, key) in enumerate(held):
             alone = accounting.epsilon([m], self.delta, self._stage_accountant(m))
             found.append(
                 {
                     **m.to_json(),
                     "key": key,
                     "epsilon_alone": alone,
-                    "epsilon_so_far": self._epsilon(self.history[: i + 1]),
+                    "epsilon_so_far": self._epsilon(history[: i + 1]),
                 }
             )
         return found

@@ -10,9 +10,9 @@ from typing import Any
 from fastdistill import _validate
 
 ADJACENCIES = ("add_remove", "replace", "zero_out")
-"""What a neighbouring data set is: one record more or fewer; one record exchanged for any other; or
-one record whose contribution is zero, the number of records being public (dp_accounting's
-REPLACE_SPECIAL)."""
+"""What a neighbouring data set is: one record more or fewer; one record exchanged for any other of
+the same id; or one record whose contribution is zero, the number of records being public
+(dp_accounting's REPLACE_SPECIAL)."""
 
 
 @dataclass(frozen=True)

@@ -41,12 +41,15 @@ class DPTrained:
         adjacency: under which the sensitivities of the history hold.
         delta: at which its trainer stated epsilon. A ledger has one delta for all stages and
             computes epsilon again.
+        inherited: the mechanisms of the teachers that it was distilled from, on whatever data set:
+            it tells of their records, too.
     """
 
     history: tuple[Mechanism, ...]
     dataset_id: str
     adjacency: str
     delta: float
+    inherited: tuple[Mechanism, ...] = ()
 
     def __post_init__(self) -> None:
         history = tuple(self.history)
@@ -64,7 +67,12 @@ class DPTrained:
                     f"history[{i}]: expected dataset_id {self.dataset_id!r}, got {m.dataset_id!r}"
                 )
             check_sampling(m, self.adjacency)
+        for i, m in enumerate(self.inherited):
+            if not isinstance(m, Mechanism):
+                raise TypeError(f"inherited[{i}]: expected a Mechanism, got {type(m).__name__}")
+            check_sampling(m, self.adjacency)
         object.__setattr__(self, "history", history)
+        object.__setattr__(self, "inherited", tuple(self.inherited))
 
     @classmethod
     def from_opacus(
@@ -87,9 +95,11 @@ class DPTrained:
                 engine's own values the number is public: "zero_out".
             delta: at which epsilon was stated.
         """
+        # Exchanged, a record takes one clipped gradient away and brings another.
+        sensitivity = 2 * max_grad_norm if adjacency == "replace" else max_grad_norm
         steps = tuple(
             Mechanism(
-                "DP-SGD", dataset_id, max_grad_norm, multiplier * max_grad_norm,
+                "DP-SGD", dataset_id, sensitivity, multiplier * max_grad_norm,
                 None if rate == 1 else rate, 1, int(number),
             )
             for multiplier, rate, number in history

@@ -170,22 +170,27 @@ def dp_student(
         replay: as for `training.dp_train`.
 
     Returns:
-        The student's own provenance: the history of this training. The teacher's is in the ledger.
+        The student's provenance: the history of this training; its teacher's is inherited.
 
     Raises:
         NoGuarantee, BudgetExceeded: as for `dp_teacher`.
+        ValueError: the teacher mixes the records of a batch even in evaluation mode.
     """
     refuse("dp_student", provenance)
+    _refuse_batch_statistics(teacher)
     _debit(teacher, provenance, ledger, teacher_key)
     targets = (_outputs(teacher, private_inputs) / temperature).softmax(1)
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
         return -(temperature**2) * (target * F.log_softmax(output / temperature, 0)).sum()
 
-    return dp_train(
+    made = dp_train(
         student, private_inputs, targets, loss, settings,
         dataset_id=dataset_id, ledger=ledger, key=key, replay=replay,
     )  # fmt: skip
+    if not isinstance(provenance, DPTrained):
+        return made
+    return replace(made, inherited=(*provenance.inherited, *provenance.history))
 
 
 def knowledge_perturbation(
@@ -300,6 +305,8 @@ def gradient_perturbation(
     refuse("knowledge_perturbation", provenance)
     training = training or Training()
     assert isinstance(provenance, DisjointShards)
+    if (labels is None) != (label_inputs is None):
+        raise ValueError("labels, label_inputs: expected both or neither")
     if committee.k != provenance.k:
         raise ValueError(f"provenance: expected DisjointShards({committee.k}), got {provenance}")
     ledger.spend(
@@ -327,6 +334,20 @@ def gradient_perturbation(
 def _debit(teacher: nn.Module, provenance: object, ledger: Ledger, key: str | None) -> None:
     if isinstance(provenance, DPTrained):  # its parameters are released already
         ledger.include(provenance, key=key or f"teacher {fingerprint(teacher)}")
+
+
+def _refuse_batch_statistics(teacher: nn.Module) -> None:
+    """Without running statistics it normalises by the batch in evaluation mode as well."""
+    for name, module in teacher.named_modules():
+        mixes = isinstance(module, nn.modules.batchnorm._NormBase) and not isinstance(
+            module, nn.modules.instancenorm._InstanceNorm
+        )
+        if mixes and module.running_mean is None:
+            raise ValueError(
+                f"teacher: {name} is {type(module).__name__} without running statistics: what it "
+                "says of a record depends on the other records of the batch, which DP-SGD on the "
+                "student does not bound"
+            )
 
 
 def _outputs(model: nn.Module, inputs: Tensor, batch: int = 4096) -> Tensor:

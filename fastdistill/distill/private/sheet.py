@@ -10,8 +10,8 @@ from fastdistill.distill.private import accounting, plots
 from fastdistill.distill.private.mechanism import Mechanism
 
 ADJACENCY = {
-    "replace": "one record exchanged for any other. R3's sensitivity holds as well where one is "
-    "added or removed",
+    "replace": "one record exchanged for any other of the same id. R3's sensitivity holds as well "
+    "where one is added or removed",
     "zero_out": "one record's contribution becomes zero; the number of records, and with it the "
     "sampling rate and the expected batch, is public",
     "add_remove": "one record more or fewer",
