@@ -164,6 +164,7 @@ def names():
         (functorch, "ft_compute_per_sample_gradient", ""),
         (functorch.prepare_layer, "", "layer batch_first"),
         (dp_rnn, "RNNLinear DPRNN DPLSTM DPGRU", ""),
+        (opacus.layers, "DPMultiheadAttention", ""),
         (data_loader, "DPDataLoader", ""),
         (uniform_sampler.UniformWithReplacementSampler, "",
          "num_samples sample_rate generator steps"),

@@ -4,6 +4,8 @@ import warnings
 
 import pytest
 import torch
+from opacus.layers import DPMultiheadAttention
+from opacus.schedulers import ExponentialGradClip, ExponentialNoise
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -33,10 +35,8 @@ def private(model=None, loader=None, **settings):
         module=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         data_loader=DataLoader(DATA, batch_size=8) if loader is None else loader,
-        noise_multiplier=0.0,
-        max_grad_norm=1.0,
         grad_sample_mode="ghost_fused",
-        **settings,
+        **{"noise_multiplier": 0.0, "max_grad_norm": 1.0, **settings},
     )
 
 
@@ -159,3 +159,83 @@ def test_engine_prints_a_loss():
     model, _, criterion, _ = private()
     loss = criterion(model(torch.zeros(4, 3)), torch.zeros(4, dtype=torch.long))
     assert f"{loss:.4f}" == f"{loss.item():.4f}" and f"{loss}" == repr(loss)
+
+
+class Attends(nn.Module):
+    def __init__(self, **settings):
+        super().__init__()
+        self.attention, self.head = DPMultiheadAttention(4, 2, **settings), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x)[0].mean(0))
+
+
+def test_engine_refuses_attention_with_the_batch_elsewhere():
+    """At T = B Opacus clips places in place of samples, and says nothing."""
+    with pytest.raises(ValueError, match="attention: .*batch_first=True, .*got False"):
+        private(Attends())
+    with pytest.raises(ValueError, match="attention: .*batch_first=False, .*got True"):
+        private(Attends(batch_first=True), batch_first=False, poisson_sampling=False)
+    with pytest.raises(ValueError, match="attention: .*without add_bias_kv"):
+        private(Attends(batch_first=True, add_bias_kv=True))
+    private(Attends().requires_grad_(False))
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias_kv"])
+def test_engine_clips_attention_by_samples_where_there_are_as_many_places(bias):
+    model = Attends(add_bias_kv=bias)
+    parameters = list(model.parameters())
+    x, y = torch.randn(5, 5, 4), torch.randint(3, (5,))
+    want = [torch.zeros_like(p) for p in parameters]
+    for i in range(5):
+        loss = nn.functional.cross_entropy(model(x[:, i : i + 1]), y[i : i + 1])
+        grads = torch.autograd.grad(loss, parameters)
+        norm = torch.cat([g.flatten() for g in grads]).norm()
+        for total, grad in zip(want, grads, strict=True):
+            total += grad * (0.1 / norm).clamp(max=1) / 8
+    module, optimizer, criterion, _ = private(
+        model, batch_first=False, poisson_sampling=False, expected_batch_size=8, steps=1,
+        sample_rate=0.2, max_grad_norm=0.1,
+    )  # fmt: skip
+    criterion(module(x), y).backward()
+    optimizer.step()
+    for p, total in zip(parameters, want, strict=True):
+        assert torch.allclose(p.grad, total, rtol=0.03, atol=1e-5)
+
+
+def test_engine_resumes_schedules_where_they_were(tmp_path):
+    """Opacus's start again from make_private's values."""
+
+    def run():
+        engine = fd.privacy.PrivacyEngine(accountant="rdp")
+        model = nn.Linear(3, 2)
+        module, optimizer, *_ = engine.make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=DataLoader(DATA, batch_size=8),
+            noise_multiplier=2.0,
+            max_grad_norm=1.0,
+            grad_sample_mode="ghost_fused",
+        )
+        schedules = {
+            "noise_scheduler": ExponentialNoise(optimizer, gamma=0.5),
+            "grad_clip_scheduler": ExponentialGradClip(optimizer, gamma=0.25),
+        }
+        return engine, module, optimizer, schedules
+
+    engine, module, _, schedules = run()
+    for schedule in schedules.values():
+        schedule.step()
+    given = {"epoch": 3}
+    path = tmp_path / "checkpoint.pt"
+    engine.save_checkpoint(path=path, module=module, checkpoint_dict=given, **schedules)
+    engine, module, optimizer, schedules = run()
+    found = engine.load_checkpoint(path=path, module=module, **schedules)
+    assert found["epoch"] == 3 and given == {"epoch": 3}
+    assert (optimizer.noise_multiplier, optimizer.max_grad_norm) == (1.0, 0.25)
+    for schedule in schedules.values():
+        schedule.step()
+    assert (optimizer.noise_multiplier, optimizer.max_grad_norm) == (0.5, 0.0625)
+    engine, module, optimizer, _ = run()
+    engine.load_checkpoint(path=path, module=module)
+    assert (optimizer.noise_multiplier, optimizer.max_grad_norm) == (2.0, 1.0)

@@ -283,6 +283,40 @@ class PrivacyEngine(opacus.PrivacyEngine):
             **kwargs,
         )
 
+    def save_checkpoint(
+        self,
+        *,
+        path: Any,
+        module: Any,
+        optimizer: Any = None,
+        noise_scheduler: Any = None,
+        grad_clip_scheduler: Any = None,
+        checkpoint_dict: dict[str, Any] | None = None,
+        module_state_dict_kwargs: dict[str, Any] | None = None,
+        torch_save_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Opacus's `save_checkpoint`, with the values that the given schedulers had reached.
+
+        Opacus keeps their counts alone: a schedule that multiplies would start again.
+        """
+        reached = {
+            name: getattr(scheduler.optimizer, name)
+            for name, scheduler in (
+                ("noise_multiplier", noise_scheduler), ("max_grad_norm", grad_clip_scheduler)
+            )
+            if scheduler is not None
+        }  # fmt: skip
+        super().save_checkpoint(
+            path=path,
+            module=module,
+            optimizer=optimizer,
+            noise_scheduler=noise_scheduler,
+            grad_clip_scheduler=grad_clip_scheduler,
+            checkpoint_dict={**(checkpoint_dict or {}), _REACHED: reached},
+            module_state_dict_kwargs=module_state_dict_kwargs,
+            torch_save_kwargs=torch_save_kwargs,
+        )
+
     def load_checkpoint(
         self,
         *,
@@ -308,6 +342,11 @@ class PrivacyEngine(opacus.PrivacyEngine):
             module_load_dict_kwargs=module_load_dict_kwargs,
             torch_load_kwargs=torch_load_kwargs,
         )
+        reached = checkpoint.pop(_REACHED, {})
+        if noise_scheduler is not None and "noise_multiplier" in reached:
+            noise_scheduler.optimizer.noise_multiplier = reached["noise_multiplier"]
+        if grad_clip_scheduler is not None and "max_grad_norm" in reached:
+            grad_clip_scheduler.optimizer.max_grad_norm = reached["max_grad_norm"]
         for known in self._optimizers:
             known.restart()
         return checkpoint
@@ -414,6 +453,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
             batch_first=batch_first,
         )
 
+
+_REACHED = "schedulers_reached"
+"""The checkpoint's entry for the schedulers' values."""
 
 _SAMPLING = 0x706F6973
 """Makes the seed of a reproducible sampler another than that of the noise."""

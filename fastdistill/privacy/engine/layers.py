@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from opacus.grad_sample import GradSampleModule
 from opacus.grad_sample.functorch import ft_compute_per_sample_gradient, prepare_layer
+from opacus.layers import DPMultiheadAttention
 from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 
@@ -278,6 +279,25 @@ def find(layer: nn.Module, name: str, batch_first: bool) -> tuple[Rule, str]:
         return Sampled(sampler, None), f"Opacus's sampler {sampler.__name__}"
     prepare_layer(layer, batch_first=batch_first)
     return Sampled(ft_compute_per_sample_gradient, 1), "functorch, the layer run again"
+
+
+def check_attention(name: str, attention: DPMultiheadAttention, batch_first: bool) -> None:
+    """Refuse attention whose inner layers have the batch elsewhere.
+
+    Where T = B nothing else would notice: places would be clipped in place of samples.
+    """
+    if not any(p.requires_grad for p in attention.parameters()):
+        return
+    if attention.batch_first != batch_first:
+        raise ValueError(
+            f"module: {name}: expected attention with batch_first={batch_first}, as make_private "
+            f"has it, got {attention.batch_first}"
+        )
+    if batch_first and attention.add_bias_kv:
+        raise ValueError(
+            f"module: {name}: expected attention without add_bias_kv where batch_first=True: "
+            "Opacus adds that bias to [T, B, d]"
+        )
 
 
 def forget(layer: nn.Module) -> None:

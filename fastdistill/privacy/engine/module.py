@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
+from opacus.layers import DPMultiheadAttention
 from opacus.layers.dp_rnn import DPGRU, DPLSTM, DPRNN, RNNLinear
 from torch import Tensor, nn
 
@@ -79,6 +80,9 @@ class PrivateModule(GradSampleModuleFastGradientClipping):
         self.autograd_grad_sample_hooks: list[Any] = []
         self._patched: list[nn.Module] = []
         self._book.model = self
+        for name, part in self._module.named_modules():
+            if isinstance(part, DPMultiheadAttention):
+                layers.check_attention(name, part, self.batch_first)
         try:
             for name, layer in _layers(self._module):
                 self._add(name, layer)
