@@ -431,7 +431,7 @@ def test_a_part_is_trained_on_its_own_records_alone():
 
 def test_linear_teachers_are_ridge_regressions():
     x, y = problem(40, 0)
-    few, many = torch.arange(4), torch.arange(40)
+    few, many = torch.arange(4), torch.arange(4, 40)
     found = committee.fit_linear(x, y, [few, many, few[:0]], CLASSES, 2.0)
     for weights, rows in zip(found, (few, many), strict=False):
         design = torch.cat([x[rows], torch.ones(len(rows), 1)], 1)
@@ -442,6 +442,21 @@ def test_linear_teachers_are_ridge_regressions():
     says = teachers.logits(x)
     assert says.shape == (3, 40, CLASSES)
     assert torch.allclose(says[1], 3 * (x @ found[1, :-1] + found[1, -1]), atol=1e-5)
+
+
+def test_teachers_that_share_records_or_parameters_are_refused():
+    """One record would move their sum by more than sqrt(2)."""
+    x, y = problem(20, 0)
+    for rows in ([[0, 1], [1, 2]], [[0, 0], [1]], [[0], [-20]], [[20]]):
+        with pytest.raises(ValueError, match="parts: expected"):
+            committee.fit_linear(x, y, [torch.tensor(part) for part in rows], CLASSES, 1.0)
+    one, trunk = net(), nn.Linear(FEATURES, FEATURES)
+    sharing = [nn.Sequential(trunk, net()) for _ in range(2)]
+    for teachers in ([one, one], sharing, [nn.Flatten()] * 2):
+        with pytest.raises(ValueError, match=r"teachers\[1\]: expected nothing trained that"):
+            committee.Modules(teachers)
+    trunk.requires_grad_(False)  # public
+    assert committee.Modules(sharing).k == 2
 
 
 def test_modules_are_asked_in_evaluation_mode():

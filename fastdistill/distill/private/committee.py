@@ -27,11 +27,25 @@ class Modules:
 
     Args:
         teachers: each maps queries [n, ...] to logits [n, classes].
+
+    Raises:
+        ValueError: none, or two that share what was trained: a record would change both, and
+            their sum by more than the noise is scaled to. A part that is public may be shared,
+            with requires_grad False.
     """
 
     def __init__(self, teachers: Sequence[nn.Module]) -> None:
         if not teachers:
             raise ValueError("teachers: expected at least one")
+        owners: dict[int, int] = {}
+        for i, teacher in enumerate(teachers):
+            trained = [id(p) for p in teacher.parameters() if p.requires_grad]
+            for one in {id(teacher), *trained}:
+                if owners.setdefault(one, i) != i:
+                    raise ValueError(
+                        f"teachers[{i}]: expected nothing trained that teachers[{owners[one]}] "
+                        "has, too: one record would change both"
+                    )
         self.teachers = [teacher.eval() for teacher in teachers]
         self.k = len(self.teachers)
 
@@ -85,7 +99,15 @@ def fit_linear(
     Returns:
         [k, d + 1, classes], the last row the bias. A part's weights depend on its own rows alone,
         to the last bit: parts that are padded to one size for a batched solver would not.
+
+    Raises:
+        ValueError: a row is in two parts, or in one twice: its record would change two teachers.
     """
+    rows = torch.cat(list(parts))
+    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(features):
+        raise ValueError(f"parts: expected rows in [0, {len(features) - 1}]")
+    if len(rows.unique()) != len(rows):
+        raise ValueError("parts: expected each row in one part at most, or one record is in two")
     width = features.shape[1] + 1
     weights = []
     for part in parts:
