@@ -239,3 +239,33 @@ def test_engine_resumes_schedules_where_they_were(tmp_path):
     engine, module, optimizer, _ = run()
     engine.load_checkpoint(path=path, module=module)
     assert (optimizer.noise_multiplier, optimizer.max_grad_norm) == (2.0, 1.0)
+
+
+class Places(nn.Module):
+    def __init__(self, expand):
+        super().__init__()
+        self.expand, self.places, self.head = expand, nn.Embedding(6, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        places = torch.arange(x.shape[1])
+        places = places.expand(len(x), -1) if self.expand else places
+        return self.head((x + self.places(places)).mean(1))
+
+
+@pytest.mark.parametrize("length", [4, 5], ids=["T = B", "T != B"])
+def test_engine_refuses_places_that_samples_share(length):
+    """Of one index a place, each place's gradient would be clipped as if it were a sample's."""
+    x, y = torch.randn(4, length, 3), torch.randint(2, (4,))
+    model, _, criterion, _ = private(Places(False))
+    with pytest.raises(ValueError, match=r"module: places \(Embedding\): .*expand"):
+        criterion(model(x), y).backward()
+    model, _, criterion, _ = private(Places(True))
+    criterion(model(x), y).backward()
+
+
+def test_engine_takes_a_squeezed_output_of_one_sample():
+    """Poisson batches have one sample at times."""
+    model, _, criterion, _ = private(nn.Linear(3, 1), criterion=nn.MSELoss())
+    for b in (0, 1, 3):
+        loss = criterion(model(torch.randn(b, 3)).squeeze(), torch.randn(b))
+        assert len(loss.loss_per_sample) == b

@@ -179,7 +179,8 @@ def _all(masks: Sequence[Tensor | None]) -> Tensor | None:
 
 def _alike(*tensors: Any) -> None:
     shapes = [list(t.shape) for t in tensors if isinstance(t, Tensor)]
-    if any(shape != shapes[0] for shape in shapes):
+    one = all(t.numel() == 1 for t in tensors if isinstance(t, Tensor))  # squeezed at B = 1
+    if not one and any(shape != shapes[0] for shape in shapes):
         raise ValueError(
             "criterion: expected tensors of one shape, got "
             f"{' and '.join(map(str, shapes))}: broadcast, one sample's loss would depend on others"

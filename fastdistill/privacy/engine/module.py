@@ -212,6 +212,14 @@ def _batch_first(
             f"{list(use.x.shape)}; expand what all samples share, and keep samples apart (where "
             "the losses are those of tokens: criterion(logits, labels, shape=(samples, tokens)))"
         )
+    if isinstance(use.layer, nn.Embedding) and use.x.ndim == 1 and samples > 2:
+        places = torch.arange(samples, device=use.x.device)
+        if torch.equal(use.x, places.to(use.x.dtype)):  # T = B: nothing else would tell
+            raise ValueError(
+                f"module: {use.name} (Embedding): expected one index or more for each sample, got "
+                f"0 to {samples - 1} in order, which are places that all samples share; expand "
+                "them to [B, T] (to [B, 1] where they are the samples' own)"
+            )
     if dim == 0:
         return use.x, use.kept, use.grad
     first = [x.movedim(1, 0) for x in (use.x, *use.kept, use.grad)]
