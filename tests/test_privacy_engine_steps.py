@@ -66,23 +66,6 @@ def test_engine_is_opacus_to_opacus():
     assert len(private(grad_sample_mode="ghost")[1:]) == 4
 
 
-def test_engine_private_names_of_opacus():
-    """What is relied on besides the documented API; a release that moves it fails here."""
-    from opacus.grad_sample import functorch
-    from opacus.optimizers import optimizer
-
-    for name in ("_check_processed_flag", "_mark_as_processed"):
-        assert callable(getattr(optimizer, name))
-    for name in ("_check_skip_next_step", "signal_skip_step", "attach_step_hook", "params"):
-        assert hasattr(opacus.optimizers.DPOptimizer, name)
-    for name in ("_prepare_model", "_prepare_optimizer", "_prepare_criterion"):
-        assert callable(getattr(opacus.PrivacyEngine, name))
-    for name in ("ft_compute_per_sample_gradient", "prepare_layer"):
-        assert callable(getattr(functorch, name))
-    assert nn.Linear in opacus.grad_sample.GradSampleModule.GRAD_SAMPLERS
-    assert opacus.__version__.startswith("1.6")
-
-
 @pytest.mark.parametrize("batch", [0, 1, 40])
 def test_engine_noise_has_its_law_whatever_the_batch(batch):
     """N(0, (sigma C / expected)^2), and the batch's size is nowhere."""
@@ -275,20 +258,6 @@ def test_engine_epsilon_and_adjacency():
         for x, y in loader:
             step(module, optimizer, criterion, x, y)
     assert 2.9 < engine.get_epsilon(1e-5) <= 3.0
-
-
-def test_engine_defaults_are_those_of_opacus():
-    import inspect
-
-    for name in ("make_private", "make_private_with_epsilon"):
-        ours, theirs = (
-            inspect.signature(getattr(c, name)).parameters
-            for c in (fd.privacy.PrivacyEngine, opacus.PrivacyEngine)
-        )
-        assert list(ours) == list(theirs)
-        for key in ours:
-            a, b = ours[key].default, theirs[key].default
-            assert type(a) is type(b) and (isinstance(a, nn.Module) or a == b), key
 
 
 def test_engine_pays_for_the_rounding_of_its_sums():
