@@ -346,7 +346,7 @@ class Convolution(Gradient):
         self.x, self.g, self.unfold, self.groups = wide(x), wide(g), unfold, groups
         self.samples, self.shape = len(x), shape
         patch = shape[1:].numel() * groups * g.shape[2:].numel() * self.x.itemsize
-        self.step = max(_PATCHES // max(patch, 1), 1)
+        self.step = max(torch.get_num_threads() * _PATCHES // max(patch, 1), 1)
         self.made: Tensor | None = None
         if workspace.fits(self.samples * shape.numel(), self.x):
             self.made = workspace.take(key, (self.samples, *shape), self.x)
@@ -409,8 +409,8 @@ class Convolution(Gradient):
         return torch.cat([self._products(s) for s in self._slabs(slice(0, self.samples))])
 
 
-_PATCHES = 1 << 20
-"""Bytes of unfolded samples at once: they stay in the cache."""
+_PATCHES = 1 << 21
+"""Bytes of unfolded samples at once, a thread: they stay in its cache."""
 
 
 class Tied(Gradient):

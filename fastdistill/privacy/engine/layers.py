@@ -198,17 +198,23 @@ class _Convolution(_Layer):
         """Of weight and bias."""
         padding = self._padding(layer)
 
+        flat = (1,) * (2 - len(padding))  # Conv1d is Conv2d of images one pixel high
+        (kh, kw), (dh, dw), (sh, sw) = (
+            flat + v for v in (layer.kernel_size, layer.dilation, layer.stride)
+        )
+        edges = [p for side in reversed(padding) for p in (side, side)]
+
         def unfold(images: Tensor) -> Tensor:
-            if isinstance(layer, nn.Conv1d):
-                images = images.unsqueeze(2)
-            flat = (1,) * (2 - len(padding))
-            return F.unfold(
-                images,
-                flat + layer.kernel_size,
-                flat + layer.dilation,
-                (0,) * (2 - len(padding)) + padding,
-                flat + layer.stride,
+            """[b, C k, L]. Copied through a view of strides: F.unfold takes up to twice as long."""
+            images = F.pad(images.contiguous(), edges)
+            images = images.unsqueeze(2) if images.ndim == 3 else images
+            b, c, h, w = images.shape
+            rows, columns = (h - dh * (kh - 1) - 1) // sh + 1, (w - dw * (kw - 1) - 1) // sw + 1
+            n, of_c, of_h, of_w = images.stride()
+            patches = images.as_strided(
+                (b, c, kh, kw, rows, columns), (n, of_c, of_h * dh, of_w * dw, of_h * sh, of_w * sw)
             )
+            return patches.reshape(b, c * kh * kw, rows * columns)
 
         out: Pieces = []
         if layer.weight.requires_grad:
