@@ -322,10 +322,10 @@ def test_the_audit_refutes_a_claim_that_is_false(stage, monkeypatch):
     """R3 whose noise is forgotten, its debit not."""
     real = audit.Answers._draw
 
-    def quiet(self, rows):
+    def quiet(self, rows, generator):
         self.noise_std, loud = 1e-3, self.noise_std
         try:
-            return real(self, rows)
+            return real(self, rows, generator)
         finally:
             self.noise_std = loud
 
