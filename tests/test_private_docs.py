@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fastdistill.distill.private import Mechanism, accounting
+from fastdistill.distill.private import accounting
+from fastdistill.distill.private.results import histories
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "privacy.md").read_text()
@@ -26,16 +27,12 @@ def test_every_committed_epsilon_follows_from_its_mechanisms():
         if run["recipe"] in ("non_private", "as_released"):
             assert run["epsilon"] is None
             continue
-        history = [Mechanism(**values) for values in run["mechanisms"]]
-        parts = {
-            m.dataset_id: [n for n in history if n.dataset_id == m.dataset_id] for m in history
-        }
-        renyi = max(
-            (accounting.epsilon(part, run["delta"], "rdp") for part in parts.values()), default=0.0
-        )
+        assert run["disjoint"] is (run["recipe"] == "R2")
+        parts = histories(run)
+        renyi = max((accounting.epsilon(part, run["delta"], "rdp") for part in parts), default=0.0)
         assert run["epsilon"] <= renyi <= 1.15 * run["epsilon"] + 1e-9
         if run["recipe"].startswith("R3"):
-            exact = accounting.gaussian_epsilon(accounting.mu(history), run["delta"])
+            exact = accounting.gaussian_epsilon(accounting.mu(sum(parts, [])), run["delta"])
             assert run["epsilon"] == pytest.approx(exact, rel=1e-6)
         if run["target_epsilon"] is not None:
             assert 0.99 * run["target_epsilon"] < run["epsilon"] <= run["target_epsilon"]

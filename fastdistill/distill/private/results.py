@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdistill.distill.private.config import RECIPE, TRIED
 from fastdistill.distill.private.experiment import SALT, UNIT, Row
+from fastdistill.distill.private.mechanism import Mechanism
 from fastdistill.distill.results import csv_text
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ def figures(outcome: Outcome) -> dict[str, Any]:
     runs: one entry per configuration. epsilon: the largest over its seeds of what may be claimed
     for one student, at delta under adjacency; null: none. mechanisms: all that was debited for
     that student, of the sum, before division: from them anyone can compute epsilon again.
+    disjoint: no record is in two of the data sets that they name, so that epsilon is the largest
+    of those of each dataset_id; else all of them compose.
     accuracy_std: over the seeds, ddof = 1; null for one seed.
     """
     from dataclasses import asdict
@@ -67,12 +70,22 @@ def _row(row: Row, runs: list[Run], delta: float) -> dict[str, Any]:
         "delta": None if worst.epsilon is None else delta,
         "adjacency": None if worst.epsilon is None else worst.ledger.adjacency,
         "accountant": None if worst.epsilon is None else worst.ledger.accountants(),
+        "disjoint": None if worst.epsilon is None else worst.ledger.disjoint,
         "accuracy_mean": statistics.fmean(accuracies),
         "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         "accuracies": accuracies,
         "seeds": [run.seed for run in runs],
         "mechanisms": [m.to_json() for m in worst.ledger.history],
     }
+
+
+def histories(entry: dict[str, Any]) -> list[list[Mechanism]]:
+    """The mechanisms of an entry of `runs` that compose; epsilon is the largest of the lists'."""
+    groups: dict[str | None, list[Mechanism]] = {}
+    for values in entry["mechanisms"]:
+        key = values["dataset_id"] if entry["disjoint"] else None
+        groups.setdefault(key, []).append(Mechanism.from_json(values))
+    return list(groups.values())
 
 
 def runs_csv(figures: dict[str, Any]) -> str:
