@@ -93,9 +93,9 @@ def _run(self: Any, *args: Any, **kwargs: Any) -> Any:
     return _original_run(self, *args, **kwargs)
 
 
-def _in_ranges(at: np.ndarray) -> np.ndarray:
+def _in_ranges(at: np.ndarray, ranges: list[tuple[int, int]]) -> np.ndarray:
     good = np.zeros(at.shape, bool)
-    for begin, end in _ranges:
+    for begin, end in ranges:
         good |= (at >= begin) & (at < end)
     return good
 
@@ -104,7 +104,7 @@ def _inside(pointers: Any, mask: Any) -> None:
     at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)].astype(
         np.int64
     )
-    good = _in_ranges(at)
+    good = _in_ranges(at, _ranges)
     if not good.all():
         raise IndexError(f"out of bounds: {int((~good).sum())} elements outside every tensor")
 
@@ -122,7 +122,8 @@ def _masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -
 def _promise(self: Any, key: str, value: Any) -> None:
     """A hint on pointers into a tensor has to hold at the start of each run of neighbours.
 
-    Rows after the last one point beyond it, and nothing is read there.
+    Rows after the last one point beyond it, perhaps into the tensor that the allocator put there,
+    and nothing is read there: what counts is the tensor of the first pointer.
     """
     if key == "tt.divisibility" and isinstance(self.dtype.scalar, tl.pointer_type):
         at = np.atleast_1d(self.data).astype(np.int64)
@@ -130,7 +131,8 @@ def _promise(self: Any, key: str, value: Any) -> None:
         begins = np.concatenate(
             [np.ones_like(at[..., :1], bool), np.diff(at, axis=-1) != width], axis=-1
         )
-        begins &= _in_ranges(at)
+        own = [(begin, end) for begin, end in _ranges if begin <= at.flat[0] < end]
+        begins &= _in_ranges(at, own)
         divisor = int(np.atleast_1d(value)[-1])
         if (at[begins] % divisor).any():
             raise ValueError(f"false alignment: pointers that are no multiples of {divisor}")
