@@ -30,7 +30,7 @@ def other_isas():
 def test_every_instruction_set_passes_the_values(isa):
     """The suites of values and edges again, with this level forced."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu"]
-    rooms = {"kd": ("values", "edges"), "privacy": ("values", "noise", "edges")}
+    rooms = {"kd": ("values", "edges"), "privacy": ("values", "noise", "edges", "products")}
     files = [str(TESTS / f"test_{room}_{x}.py") for room, kinds in rooms.items() for x in kinds]
     done = subprocess.run(
         [*command, *files], env={**os.environ, "FASTDISTILL_CPU_ISA": isa}, capture_output=True,

@@ -71,8 +71,8 @@ MUTATIONS = {
         "sensitivity",
     ),
     "a buffer that is not cleared": (
-        "gradients", "torch.bmm(self.g.mT, self.a, out=self.made)",
-        "self.made.add_(torch.bmm(self.g.mT, self.a))", "formula",
+        "gradients", "self._square = products.linear(self.a, self.g, self.made)",
+        "self._square = square_norms(self.made.add_(torch.bmm(self.g.mT, self.a)))", "formula",
     ),
     "norm of the first tensor only": (
         "optimizer", "joint = found.sum(0)", "joint = found[0]", "sensitivity",

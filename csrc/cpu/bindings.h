@@ -18,6 +18,7 @@ void bind_kd(pybind11::module_& m);
 void bind_softmax(pybind11::module_& m);
 void bind_hint(pybind11::module_& m);
 void bind_privacy(pybind11::module_& m);
+void bind_products(pybind11::module_& m);
 void bind_bench(pybind11::module_& m);
 
 }  // namespace fd

@@ -12,6 +12,7 @@ namespace FD_ISA {
 #include "bench.inl"
 #include "hint.inl"
 #include "kd.inl"
+#include "products.inl"
 #include "softmax.inl"
 
 extern const PrivacyKernels privacy_kernels;  // exact.inl
@@ -21,6 +22,7 @@ const Kernels kernels = {
     {softmax_scratch_bytes, softmax_forward, softmax_backward},
     {hint_scratch_bytes, hint_rows},
     &privacy_kernels,
+    {product_linear_scratch, product_linear, product_convolution_scratch, product_convolution},
     {exp_loop, read_read_write, read_only},
 };
 

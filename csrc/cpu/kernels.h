@@ -3,6 +3,7 @@
 #include "hint.h"
 #include "kd.h"
 #include "privacy.h"
+#include "products.h"
 #include "softmax.h"
 
 namespace fd {
@@ -18,6 +19,7 @@ struct Kernels {
   SoftmaxKernels softmax;
   HintKernels hint;
   const PrivacyKernels* privacy;  // compiled by itself: exact.inl
+  ProductKernels products;
   BenchKernels bench;
 };
 

@@ -19,11 +19,13 @@ All arithmetic is in float32, or float64 for float64: half types are widened fir
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from fastdistill.privacy import products
+from fastdistill.privacy.products import Patches
 from fastdistill.privacy.sums import square_norms
 
 EPS64 = 2.0**-53
@@ -67,6 +69,12 @@ def twice(terms: int, like: Tensor) -> float:
 def wide(x: Tensor) -> Tensor:
     """In the type that sums are taken in."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the type that their product is taken in."""
+    a, b = wide(a), wide(b)
+    return (a, b) if a.dtype is b.dtype else (a.double(), b.double())
 
 
 def only(kept: Tensor, x: Tensor) -> Tensor:
@@ -186,9 +194,7 @@ class Product(Gradient):
     """
 
     def __init__(self, a: Tensor, g: Tensor, workspace: Workspace, key: object) -> None:
-        self.a, self.g = wide(a), wide(g)
-        if self.a.dtype is not self.g.dtype:
-            self.a, self.g = self.a.double(), self.g.double()
+        self.a, self.g = alike(a, g)
         self.samples, self.rows, self.inputs = a.shape
         self.outputs = g.shape[2]
         self.shape = torch.Size((self.outputs, self.inputs))
@@ -201,8 +207,7 @@ class Product(Gradient):
         elif self.rows >= SHORT and workspace.fits(elements, self.a):
             self.method = "made"
             self.made = workspace.take(key, (self.samples, *self.shape), self.a)
-            torch.bmm(self.g.mT, self.a, out=self.made)
-            self._square = square_norms(self.made)
+            self._square = products.linear(self.a, self.g, self.made)
         elif self.rows < SHORT and self.rows * (self.inputs + self.outputs) < 2 * size:
             self.method = "gram"
         else:
@@ -220,8 +225,8 @@ class Product(Gradient):
         if self.method == "gram":
             return self._gram()
         out = torch.zeros(self.samples, dtype=torch.float64, device=self.a.device)
-        for _, tile in self._tiles(slice(None)):
-            out += square_norms(tile)
+        for _, _, square in self._tiles(slice(None)):
+            out += square
         return (out.sqrt() + twice(self.rows, self.a) * self.reach()).square()
 
     def reach(self) -> Tensor:
@@ -249,7 +254,7 @@ class Product(Gradient):
             return (factor.to(made.dtype)[None] @ made).view(self.shape)
         if self.method == "tiles":
             out = self.a.new_empty(self.shape)
-            for rows, tile in self._tiles(part):
+            for rows, tile, _ in self._tiles(part):
                 some = out[rows]
                 torch.mm(factor.to(tile.dtype)[None], tile.flatten(1), out=some.view(1, -1))
             return out
@@ -272,10 +277,12 @@ class _Tiles:
         row = max(len(a) * a.shape[2] * a.itemsize, 1)
         self.step = min(max(min(budget, _TILE) // row, 1), max(g.shape[2], 1))
 
-    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Which rows, their products, and the square norms of those."""
         for i in range(0, self.g.shape[2], self.step):
             rows = slice(i, min(i + self.step, self.g.shape[2]))
-            yield rows, self.g[:, :, rows].mT @ self.a
+            made = self.a.new_empty(len(self.a), rows.stop - i, self.a.shape[2])
+            yield rows, made, products.linear(self.a, self.g[:, :, rows], made)
 
 
 _TILE = 1 << 25
@@ -328,7 +335,7 @@ class Rows(Gradient):
 
 
 class Convolution(Gradient):
-    """A convolution's weight [O, C / groups, *kernel], by unfolding a few samples at a time.
+    """A convolution's weight [O, C / groups, *kernel], a slab of samples at a time.
 
     Kept where they fit, else made twice.
     """
@@ -337,49 +344,45 @@ class Convolution(Gradient):
         self,
         x: Tensor,
         g: Tensor,
-        unfold: Callable[[Tensor], Tensor],
+        patches: Patches,
         shape: torch.Size,
-        groups: int,
         workspace: Workspace,
         key: object,
     ) -> None:
-        self.x, self.g, self.unfold, self.groups = wide(x), wide(g), unfold, groups
+        self.x, self.g = alike(x, g)
+        self.patches, self.kernel = patches, products.by_kernel(self.x)
         self.samples, self.shape = len(x), shape
-        patch = shape[1:].numel() * groups * g.shape[2:].numel() * self.x.itemsize
-        self.step = max(torch.get_num_threads() * _PATCHES // max(patch, 1), 1)
         self.made: Tensor | None = None
         if workspace.fits(self.samples * shape.numel(), self.x):
-            self.made = workspace.take(key, (self.samples, *shape), self.x)
+            self.made = workspace.take(key, (self.samples, shape.numel()), self.x)
         slabs = self._slabs(slice(0, self.samples))
         self._square = torch.cat([self._first(some) for some in slabs])
 
     def _first(self, some: slice) -> Tensor:
-        """The products, kept where they are to be, and their square norms while in the cache."""
+        """The products, kept where they are to be, and their square norms."""
         if self.made is not None:
-            return square_norms(self._products(some, self.made[some]))
-        norm = square_norms(self._products(some)).sqrt()
-        patches, g = self._pairs(some)
+            return self._products(some, self.made[some])[1]
+        norm = self._products(some)[1].sqrt()
+        patches, g = self.patches.columns(self.x[some], self.g[some])
         sizes = [torch.linalg.vector_norm(t, dim=1, dtype=torch.float64) for t in (patches, g)]
-        reach = (sizes[0] * sizes[1]).sum(1).view(-1, self.groups).sum(1)
+        reach = (sizes[0] * sizes[1]).sum(1).view(-1, self.patches.groups).sum(1)
         return (norm + twice(g.shape[2], g) * reach).square()
 
     def _slabs(self, part: slice) -> Iterator[slice]:
-        for i in range(part.start, part.stop, self.step):
-            yield slice(i, min(i + self.step, part.stop))
+        """As many samples at once as have their patches in the caches of all threads."""
+        patch = self.shape[1:].numel() * self.patches.groups * self.g.shape[2:].numel()
+        step = torch.get_num_threads() * _PATCHES // max(patch * self.x.itemsize, 1)
+        if self.made is not None and self.kernel:  # which copies no patches
+            step = self.samples
+        for i in range(part.start, part.stop, max(step, 1)):
+            yield slice(i, min(i + max(step, 1), part.stop))
 
-    def _pairs(self, some: slice) -> tuple[Tensor, Tensor]:
-        """Unfolded inputs [b groups, C k / groups, L] and output gradients [b groups, ..., L]."""
-        patches = self.unfold(self.x[some])  # [b, C k, L]
-        b, _, length = patches.shape
-        patches = patches.reshape(b * self.groups, -1, length)
-        return patches, self.g[some].reshape(b * self.groups, -1, length)
-
-    def _products(self, some: slice, out: Tensor | None = None) -> Tensor:
-        patches, g = self._pairs(some)
+    def _products(self, some: slice, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Of some samples, and their square norms."""
+        x, g = self.x[some], self.g[some]
         if out is None:
-            return torch.bmm(g, patches.mT).view(-1, *self.shape)
-        torch.bmm(g, patches.mT, out=out.view(len(g), g.shape[1], -1))
-        return out
+            out = x.new_empty(len(x), self.shape.numel())
+        return out, products.convolution(x, g, self.patches, out, self.kernel)
 
     def square(self) -> Tensor:
         """Square norms, float64 [B]."""
@@ -395,18 +398,21 @@ class Convolution(Gradient):
         first, last, _ = part.indices(self.samples)
         factor = factor.to(self.x.dtype)[None]
         if self.made is not None:
-            return (factor @ self.made[first:last].flatten(1)).view(self.shape)
-        out = self.x.new_zeros(1, self.shape.numel())
-        for some in self._slabs(slice(first, last)):
-            weights = factor[:, some.start - first : some.stop - first]
-            out.addmm_(weights, self._products(some).flatten(1))
-        return out.view(self.shape)
+            out = factor @ self.made[first:last]
+        else:
+            out = self.x.new_zeros(1, self.shape.numel())
+            for some in self._slabs(slice(first, last)):
+                weights = factor[:, some.start - first : some.stop - first]
+                out.addmm_(weights, self._products(some)[0])
+        return products.weights(out[0], self.shape, self.patches.groups, self.kernel)
 
     def dense(self) -> Tensor:
         """[B, *shape]."""
-        if self.made is not None:
-            return self.made
-        return torch.cat([self._products(s) for s in self._slabs(slice(0, self.samples))])
+        made = self.made
+        if made is None:
+            slabs = self._slabs(slice(0, self.samples))
+            made = torch.cat([self._products(some)[0] for some in slabs])
+        return products.weights(made, self.shape, self.patches.groups, self.kernel)
 
 
 _PATCHES = 1 << 21
@@ -477,21 +483,14 @@ class Lookups:
         return self.vocabulary, self.padding
 
 
-class Unfolded:
+class Images:
     """A convolution's input and output gradient, likewise."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        g: Tensor,
-        unfold: Callable[[Tensor], Tensor],
-        shape: torch.Size,
-        groups: int,
-    ) -> None:
-        self.x, self.g, self.unfold, self.shape, self.groups = x, g, unfold, shape, groups
+    def __init__(self, x: Tensor, g: Tensor, patches: Patches, shape: torch.Size) -> None:
+        self.x, self.g, self.patches, self.shape = x, g, patches, shape
 
 
-Piece = Pairs | Lookups | Unfolded | Gradient
+Piece = Pairs | Lookups | Images | Gradient
 """What one use of a parameter in a forward pass leaves behind."""
 
 
@@ -503,11 +502,9 @@ def combine(pieces: Sequence[Piece], workspace: Workspace, key: object) -> Gradi
     """
     gradients: list[Gradient] = [x for x in pieces if isinstance(x, Gradient)]
     for i, piece in enumerate(pieces):
-        if isinstance(piece, Unfolded):
+        if isinstance(piece, Images):
             gradients.append(
-                Convolution(
-                    piece.x, piece.g, piece.unfold, piece.shape, piece.groups, workspace, (key, i)
-                )
+                Convolution(piece.x, piece.g, piece.patches, piece.shape, workspace, (key, i))
             )
     pairs = [x for x in pieces if isinstance(x, Pairs)]
     product = rows = None

@@ -1,0 +1,73 @@
+"""Launcher of the CPU kernels that make per-sample gradients (csrc/cpu/products.h)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastdistill.privacy import native
+
+if TYPE_CHECKING:
+    from fastdistill.privacy.products import Patches
+
+
+def linear(a: Tensor, g: Tensor, made: Tensor) -> Tensor:
+    """`products.linear` on the CPU."""
+    a, g = _rows(a), _rows(g)
+    samples, rows, inputs = a.shape
+    square = torch.empty(samples, dtype=torch.float64)
+    native._module().linear_products(
+        a.dtype is torch.float64,
+        a.data_ptr(),
+        a.stride(0),
+        a.stride(1),
+        g.data_ptr(),
+        g.stride(0),
+        g.stride(1),
+        samples,
+        rows,
+        inputs,
+        g.shape[2],
+        made.data_ptr(),
+        square.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return square
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Whose last dimension is dense."""
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+
+
+def convolution(x: Tensor, g: Tensor, patches: Patches, made: Tensor) -> Tensor:
+    """`products.convolution` on the CPU."""
+    x, g = _images(x), _images(g)  # held until the call is over
+    square = torch.empty(len(x), dtype=torch.float64)
+    groups = patches.groups
+    native._module().convolution_products(
+        x.dtype is torch.float64,
+        x.data_ptr(),
+        g.data_ptr(),
+        len(x),
+        groups,
+        x.shape[1] // groups,
+        g.shape[1] // groups,
+        x.shape[2:],
+        g.shape[2:],
+        patches.kernel,
+        patches.stride,
+        patches.dilation,
+        patches.padding,
+        made.data_ptr(),
+        square.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return square
+
+
+def _images(x: Tensor) -> Tensor:
+    """Dense [B, C, H, W]."""
+    return (x.unsqueeze(2) if x.ndim == 3 else x).contiguous()
