@@ -47,8 +47,6 @@ def backend(request, monkeypatch):
         pytest.skip(_native.cpu().reason)
     with contextlib.ExitStack() as stack:
         if request.param == emulation.NAME:
-            if request.node.name.startswith("test_privacy_teachers"):
-                pytest.skip("sums over teachers have no CUDA kernels yet")
             monkeypatch.setenv("CUEMU_EXACT_EXP2", "1")
             stack.enter_context(emulation.registered(request.getfixturevalue("emulated_cuda")))
         stack.enter_context(fastdistill.backend(request.param))

@@ -6,6 +6,7 @@ Skipped where there is none.
 import itertools
 
 import privacy_checks
+import privacy_teacher_checks as teacher_checks
 import pytest
 import torch
 from budget import assert_within
@@ -132,10 +133,29 @@ def test_privacy_has_the_reference_s_bits(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, torch.float64])
+@pytest.mark.parametrize("kind", teacher_checks.SUMS)
+def test_privacy_teachers_have_the_reference_s_bits(backend, dtype, kind):
+    for k, n, c in ((1, 1, 1), (250, 33, 10), (3, 5, 512), (6, 4, 50257)):
+        teachers = list((torch.randn(k, n, c) * 3).to(dtype))
+        teachers[k // 2][0, c // 2] = float("nan")
+        for bits in (privacy_checks.philox(5), privacy_checks.chacha20(1 << 40)):
+            want = teacher_checks.of_backend("reference").sum(kind, teachers, 1.0, bits, 1.7)
+            on_gpu = [x.cuda() for x in teachers]
+            got = teacher_checks.of_backend(backend).sum(kind, on_gpu, 1.0, bits, 1.7).cpu()
+            assert int((got != want).sum()) <= (kind == "gradient")
+
+
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_privacy_sanitized(backend, dtype):
     """Small, for compute-sanitizer: both kernels, aligned and not, each generator."""
     check_privacy(backend, dtype, 5, (5, 2056, 1031))
+    for kind in teacher_checks.SUMS:
+        for shape in ((3, 5, 10), (2, 3, 1032), (2, 3, 1031)):
+            teachers = list(torch.randn(shape).to(dtype).cuda())
+            got = teacher_checks.of_backend(backend).sum(kind, teachers, 1.0)
+            assert got.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -144,6 +164,7 @@ def test_privacy_never_synchronises_and_refuses_a_graph(backend):
 
     def release():
         with fd.backend(backend):
+            fd.privacy.noisy_softmax_sum([x, x], 1.0, 1.0)
             return fd.privacy.clip_and_noise([x], 1.0, 1.0, expected_batch_size=8)[0]
 
     release()

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "privacy.cuh"
 #include "privacy.h"
+#include "row_sums.cuh"
 
 namespace fd {
 namespace {
@@ -27,18 +27,54 @@ int square_threads(int64_t size) {
   return threads;
 }
 
-template <class E>
+template <class E, class Out = float>
 int release(const ReleaseParams& a, int generator, void* stream) {
   const int64_t tiles = (a.size + kTile - 1) / kTile;
   switch (static_cast<Generator>(generator)) {
     case Generator::none:
-      return launch(privacy_release<E, Generator::none>, a, tiles, kReleaseThreads, stream);
+      return launch(privacy_release<E, Out, Generator::none>, a, tiles, kReleaseThreads, stream);
     case Generator::philox:
-      return launch(privacy_release<E, Generator::philox>, a, tiles, kReleaseThreads, stream);
+      return launch(privacy_release<E, Out, Generator::philox>, a, tiles, kReleaseThreads, stream);
     case Generator::chacha20:
-      return launch(privacy_release<E, Generator::chacha20>, a, tiles, kReleaseThreads, stream);
+      return launch(privacy_release<E, Out, Generator::chacha20>, a, tiles, kReleaseThreads,
+                    stream);
   }
   return cudaErrorInvalidValue;
+}
+
+template <class E, bool Softmax>
+int sum_rows(const RowParams& a, void* stream) {
+  const auto go = [&](void (*kernel)(RowParams), int64_t blocks) {
+    return launch(kernel, a, blocks, kRowThreads, stream);
+  };
+  if (a.cols <= kNarrow) {
+    const int64_t rows = kRowThreads / a.lanes;  // of a block
+    return go(privacy_narrow_rows<E, Softmax>, (a.rows + rows - 1) / rows);
+  }
+  const int status = go(privacy_row_factor<E, Softmax>, a.rows * a.teachers);
+  return status == cudaSuccess ? go(privacy_row_sum<E, Softmax>, a.rows * a.chunks) : status;
+}
+
+template <class E>
+int sum_rows(const RowSumArgs& args, void* stream) {
+  RowParams a{args.table,
+              args.sums,
+              args.highest,
+              args.factors,
+              args.teachers,
+              args.rows,
+              args.cols,
+              args.step,
+              0,
+              1,
+              args.inverse_temperature,
+              args.exponentials,
+              args.fine,
+              args.clip,
+              args.unit};
+  a.chunks = (a.cols + kRowThreads * kEach - 1) / (kRowThreads * kEach);
+  while (a.lanes < kWarp && a.lanes * kEach < a.cols) a.lanes *= 2;
+  return a.inverse != 0 ? sum_rows<E, true>(a, stream) : sum_rows<E, false>(a, stream);
 }
 
 }  // namespace
@@ -79,11 +115,28 @@ int fd_privacy_release(const fd::ReleaseArgs* args, void* stream) {
     case Element::f32:
       return release<float>(a, args->generator, stream);
     case Element::f64:
-      return release<double>(a, args->generator, stream);
+      return args->out_double ? release<double, double>(a, args->generator, stream)
+                              : release<double>(a, args->generator, stream);
     case Element::bf16:
       return release<__nv_bfloat16>(a, args->generator, stream);
     case Element::f16:
       return release<__half>(a, args->generator, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+int fd_privacy_sum_rows(const fd::RowSumArgs* args, void* stream) {
+  using namespace fd;
+  if (args->cols > kNarrow && args->factors == nullptr) return cudaErrorInvalidValue;
+  switch (args->type) {
+    case Element::f32:
+      return sum_rows<float>(*args, stream);
+    case Element::f64:
+      return sum_rows<double>(*args, stream);
+    case Element::bf16:
+      return sum_rows<__nv_bfloat16>(*args, stream);
+    case Element::f16:
+      return sum_rows<__half>(*args, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -4,7 +4,6 @@
 #include <cuda_fp16.h>
 
 #include <cstring>
-#include <type_traits>
 
 #include "group.cuh"
 #include "noise.cuh"
@@ -135,9 +134,8 @@ __device__ __forceinline__ void make_noise(const Draws& draws, int64_t tile, dou
   }
 }
 
-template <class E, Generator G>
+template <class E, class Out, Generator G>
 __global__ void __launch_bounds__(kReleaseThreads) privacy_release(const ReleaseParams a) {
-  using Out = std::conditional_t<std::is_same_v<E, double>, double, float>;
   FD_SHARED(double, noise, kTile);
   const int64_t tile = blockIdx.x, first = tile * kTile + threadIdx.x * kEach;
   if constexpr (G != Generator::none) make_noise<G>(a.draws, tile, noise);

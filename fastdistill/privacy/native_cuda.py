@@ -13,6 +13,7 @@ from fastdistill.privacy import gpu
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _CHUNK = 8192  # elements of a partial sum: four rounds of a block's 256 threads
+_NARROW = 256  # elements of a row up to which it is read once
 
 
 def _samples(x: Tensor) -> dict[str, int]:
@@ -45,6 +46,7 @@ def _release(x: Tensor, factors: Tensor, out: Tensor, numbers: gpu.Numbers) -> N
         **_samples(x),
         factors=factors.data_ptr(),
         out=out.data_ptr(),
+        out_double=out.dtype is torch.float64,
         generator=numbers.kind,
         key=numbers.key.tolist(),
         counter=numbers.counter,
@@ -55,11 +57,48 @@ def _release(x: Tensor, factors: Tensor, out: Tensor, numbers: gpu.Numbers) -> N
     )
 
 
+def _sum_rows(of: gpu.Rows) -> None:
+    x, (rows, cols) = of.teachers[0], of.sums.shape
+    highest, factors = of.scratch() if cols > _NARROW else (None, None)
+    _launch(
+        "privacy_sum_rows",
+        x.device,
+        table=of.table.data_ptr(),
+        type=_TYPES[x.dtype],
+        teachers=len(of.teachers),
+        rows=rows,
+        cols=cols,
+        step=x.stride(0),
+        sums=of.sums.data_ptr(),
+        highest=0 if highest is None else highest.data_ptr(),
+        factors=0 if factors is None else factors.data_ptr(),
+        inverse_temperature=of.inverse_temperature,
+        exponentials=of.exponentials,
+        fine=of.fine,
+        clip=of.clip,
+        unit=of.unit,
+    )
+
+
+def _kernels() -> gpu.Kernels:
+    return gpu.Kernels(_CHUNK, _square, _release, _sum_rows)
+
+
 def clip_and_noise(grad_samples: Sequence[Tensor], *release: Any) -> list[Tensor]:
     """The op `fastdistill::clip_and_noise`."""
-    return gpu.clip_and_noise(gpu.Kernels(_CHUNK, _square, _release), grad_samples, *release)
+    return gpu.clip_and_noise(_kernels(), grad_samples, *release)
 
 
 def add_noise_(sums: Sequence[Tensor], *release: Any) -> None:
     """The op `fastdistill::add_noise_`."""
-    gpu.add_noise_(gpu.Kernels(_CHUNK, _square, _release), sums, *release)
+    gpu.add_noise_(_kernels(), sums, *release)
+
+
+def noisy_softmax_sum(teachers: Sequence[Tensor], *release: Any) -> Tensor:
+    """The op `fastdistill::noisy_softmax_sum`."""
+    return gpu.noisy_softmax_sum(_kernels(), teachers, *release)
+
+
+def noisy_gradient_sum(teachers: Sequence[Tensor], *release: Any) -> Tensor:
+    """The op `fastdistill::noisy_gradient_sum`."""
+    return gpu.noisy_gradient_sum(_kernels(), teachers, *release)

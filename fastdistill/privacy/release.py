@@ -67,16 +67,14 @@ def _no_transforms(case: _backend.Case) -> str | None:
     return None
 
 
-_GPU: dict[str, _backend.Refusal] = {
+_REFUSALS: dict[str, _backend.Refusal] = {
     "cuda": lambda case: _no_transforms(case) or _refusals.cuda(case, None),
     "triton": lambda case: _no_transforms(case) or _refusals.triton(case),
+    "cpu": lambda case: _no_transforms(case) or _refusals.cpu(case),
+    "reference": _no_transforms,
 }
 
 
-def register(op: str, gpu: bool = False) -> None:
-    """Make a release known to the table of backends; `gpu`: those of GPUs have it too."""
-    host: dict[str, _backend.Refusal] = {
-        "cpu": lambda case: _no_transforms(case) or _refusals.cpu(case),
-        "reference": _no_transforms,
-    }
-    _backend.register(op, {**_GPU, **host} if gpu else host)
+def register(op: str) -> None:
+    """Make a release known to the table of backends."""
+    _backend.register(op, _REFUSALS)

@@ -51,4 +51,4 @@ def square_norms(x: Tensor) -> Tensor:
 _SLAB = 1 << 20
 """Elements that are widened at once."""
 
-release.register(OP, gpu=True)
+release.register(OP)

@@ -1,8 +1,10 @@
 """Triton kernels of private releases and their launcher.
 
 Two kernels for each tensor: partial squares of the samples' norms, then the clipped sum with its
-noise. Every value of the noise is the sequence of operations that reference.py specifies, without
-contraction (`enable_fp_fusion=False`), so its bits are the same.
+noise. Three for sums over teachers: one reads rows of up to NARROW elements once; of wider ones
+the first finds each row's factor, the second adds the rows up. Every value of the noise and of a
+softmax is the sequence of operations that reference.py specifies, without contraction
+(`enable_fp_fusion=False`), so its bits are the same.
 
 A row is read in vectors of VEC elements, 16 bytes, where all rows begin on such boundaries and end
 there; element by element elsewhere.
@@ -10,6 +12,7 @@ there; element by element elsewhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -20,13 +23,26 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.random import philox_impl
 
-from fastdistill._triton import architecture, first_vector, vectors
+from fastdistill._triton import (
+    architecture,
+    first_vector,
+    max_row,
+    power_of_two_at_least,
+    program_rows,
+    sum_row,
+    vectors,
+)
 from fastdistill.privacy import gpu, reference
+from fastdistill.privacy.mechanism import EPS
 from fastdistill.privacy.source import CHACHA20, PHILOX
 
 _LOG, _COS = tl.constexpr(reference.LOG), tl.constexpr(reference.COS)
 _SIN = tl.constexpr(reference.SIN)
 _LN2 = tl.constexpr(0.693147180559945309417)
+_EXP, _ROUND = tl.constexpr(reference.EXP), tl.constexpr(1.5 * 2.0**52)
+_LOG2E = tl.constexpr(1 / math.log(2))
+_LN2_HIGH, _LN2_LOW = tl.constexpr(reference.LN2_HIGH), tl.constexpr(reference.LN2_LOW)
+_EPS = tl.constexpr(EPS)
 _PHILOX, _CHACHA20 = tl.constexpr(PHILOX), tl.constexpr(CHACHA20)
 
 
@@ -225,27 +241,173 @@ def _release_kernel(
 
 
 # ----------------------------------------------------------------------------------------------
+# Sums over teachers, row by row.
+
+
+@triton.jit
+def _exponential(x):
+    """As reference.exponential."""
+    shifted = x * _LOG2E + _ROUND
+    k = shifted - _ROUND
+    r = (x - k * _LN2_HIGH) - k * _LN2_LOW
+    power = (shifted.to(tl.int64, bitcast=True) << 52) + 0x3FF0000000000000
+    return (((r * r) * _horner(r, _EXP, 9) + r) + 1.0) * power.to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _weight(x, highest, inverse, exponentials):
+    """The exponentials of a softmax, on their grid."""
+    return _on_grid(_exponential(tl.maximum((x - highest) * inverse, -708.0)), exponentials)
+
+
+@triton.jit
+def _clip_factor(square, clip, unit):
+    """Of a row whose sum of (x unit)^2 that is; 0 where it is not finite."""
+    norm = tl.sqrt(square) / unit
+    return tl.where(norm < float("inf"), tl.minimum(clip / (norm + _EPS), 1.0), 0.0)
+
+
+@triton.jit
+def _row_of(table_ptr, teacher, start, ELEMENT: tl.constexpr, VEC: tl.constexpr):
+    """The pointer to element `start` of a teacher."""
+    address = tl.load(table_ptr + teacher)
+    return first_vector(address.to(tl.pointer_type(ELEMENT)), start, True, VEC)
+
+
+@triton.jit
+def _load(at, inside):
+    return tl.load(at, mask=inside, other=0.0).to(tl.float64)
+
+
+@triton.jit(do_not_specialize=["rows", "cols", "teachers", "x_step"])
+def _narrow_rows_kernel(
+    table_ptr,  # int64 [teachers]: addresses of [rows, cols], x_step apart
+    sum_ptr,  # float64 [rows, cols]
+    rows, cols, teachers, x_step,
+    inverse: tl.float64, exponentials: tl.float64,  # 1 / T; see _on_grid
+    clip: tl.float64, unit: tl.float64, fine: tl.float64,
+    ELEMENT: tl.constexpr, SOFTMAX: tl.constexpr,
+    ROWS: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of the sum, LANES VEC elements at most, of one teacher after the other."""
+    row = program_rows(ROWS)
+    lane, offset = vectors(ROWS, LANES, VEC)
+    count = cols // VEC
+    inside = (row < rows) & (lane < count)
+    total = tl.zeros((ROWS, LANES, VEC), tl.float64)
+    for teacher in range(0, teachers, 1):
+        at = _row_of(table_ptr, teacher, row * x_step, ELEMENT, VEC) + offset
+        x = _load(at, inside)
+        if SOFTMAX:
+            finite = sum_row(x * 0.0) == 0.0
+            highest = max_row(tl.where(inside, x, -float("inf")))
+            x = tl.where(inside, _weight(x, highest, inverse, exponentials), 0.0)
+            factor = tl.where(finite, clip / sum_row(x), 0.0)
+        else:
+            factor = _clip_factor(sum_row((x * unit) * (x * unit)), clip, unit)
+        # A row that is not finite is left out by a select: 0 times NaN is NaN.
+        total += tl.where(factor != 0.0, _on_grid(x * factor, fine), 0.0)
+    tl.store(first_vector(sum_ptr, row * cols, True, VEC) + offset, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["cols", "teachers", "x_step"])
+def _row_factor_kernel(
+    table_ptr,  # as above
+    highest_ptr,  # float64 [rows, teachers], of a softmax
+    factor_ptr,  # float64 [rows, teachers]: 0 for a row that is not finite
+    cols, teachers, x_step,
+    inverse: tl.float64, exponentials: tl.float64, clip: tl.float64, unit: tl.float64,
+    ELEMENT: tl.constexpr, SOFTMAX: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """What a row of one teacher is multiplied with, LANES VEC elements at a time."""
+    program = tl.program_id(0).to(tl.int64)
+    lane, offset = vectors(1, LANES, VEC)
+    row = _row_of(table_ptr, program % teachers, program // teachers * x_step, ELEMENT, VEC)
+    count = cols // VEC
+    total = tl.zeros((LANES, VEC), tl.float64)
+    if SOFTMAX:
+        highest = tl.full((LANES, VEC), -float("inf"), tl.float64)
+        finite = tl.zeros((LANES, VEC), tl.float64)
+        for at in range(0, count, LANES):
+            inside = at + lane < count
+            x = _load(row + (at * VEC + offset), inside)
+            highest = tl.maximum(highest, tl.where(inside, x, -float("inf")))
+            finite += x * 0.0  # NaN where x is not
+        top = max_row(highest)
+        for at in range(0, count, LANES):
+            inside = at + lane < count
+            x = _load(row + (at * VEC + offset), inside)
+            total += tl.where(inside, _weight(x, top, inverse, exponentials), 0.0)
+        factor = tl.where(sum_row(finite) == 0.0, clip / sum_row(total), 0.0)
+        tl.store(highest_ptr + program, top)
+    else:
+        for at in range(0, count, LANES):
+            inside = at + lane < count
+            x = _load(row + (at * VEC + offset), inside) * unit
+            total += x * x
+        factor = _clip_factor(sum_row(total), clip, unit)
+    tl.store(factor_ptr + program, factor)
+
+
+@triton.jit(do_not_specialize=["cols", "teachers", "x_step", "chunks"])
+def _row_sum_kernel(
+    table_ptr, highest_ptr, factor_ptr,  # as above
+    sum_ptr,  # float64 [rows, cols]
+    cols, teachers, x_step, chunks,
+    inverse: tl.float64, exponentials: tl.float64, fine: tl.float64,
+    ELEMENT: tl.constexpr, SOFTMAX: tl.constexpr,
+    UNROLL: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """LANES VEC elements of a row of the sum."""
+    program = tl.program_id(0).to(tl.int64)
+    row, start = program // chunks, program % chunks * (LANES * VEC)
+    lane, offset = vectors(1, LANES, VEC)
+    inside = start + lane * VEC < cols
+    total = tl.zeros((LANES, VEC), tl.float64)
+    for first in range(0, teachers, UNROLL):
+        for i in tl.static_range(UNROLL):
+            teacher = tl.minimum(first + i, teachers - 1)
+            of_row = row * teachers + teacher
+            factor = tl.load(factor_ptr + of_row)
+            at = _row_of(table_ptr, teacher, row * x_step + start, ELEMENT, VEC) + offset
+            x = _load(at, inside)
+            if SOFTMAX:
+                x = _weight(x, tl.load(highest_ptr + of_row), inverse, exponentials)
+            kept = (factor != 0.0) & (first + i < teachers)
+            total += tl.where(kept, _on_grid(x * factor, fine), 0.0)
+    at = first_vector(sum_ptr, row * cols + start, True, VEC) + offset
+    tl.store(at, total, mask=inside)
+
+
+# ----------------------------------------------------------------------------------------------
 # The launcher.
 
 _SQUARE_BLOCK, _SQUARE_STEPS = 2048, 4
 _RELEASE_BLOCK = 1024  # whole groups of noise
+_ROW_BLOCK = 1024
 _UNROLL = 4
+NARROW = _ROW_BLOCK // 2
+"""Elements of a row up to which a program has at least two whole rows."""
+
+_ELEMENTS = {
+    torch.float32: tl.float32, torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
+}  # fmt: skip
 
 
 @cache
-def _options(device: torch.device, fused: bool, empty: bool = False) -> dict[str, Any]:
+def _options(device: torch.device, fused: bool, registers: int | None = None) -> dict[str, Any]:
     options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": fused}
     if architecture(device) == "gfx9":
         return {**options, "num_warps": 2}  # of 64 lanes
-    # For noise alone ptxas (of Triton 3.9) spills for the sake of 72 registers.
-    return {**options, "maxnreg": 96} if empty else options
+    return options if registers is None else {**options, "maxnreg": registers}
 
 
-def _vector(x: Tensor, out: Tensor) -> int:
-    """Elements of a vector: 16 bytes where all rows begin and end on such boundaries."""
-    vec = 16 // x.element_size()
+def _vector(x: Tensor, *others: Tensor) -> int:
+    """Elements of a vector: 16 bytes or more where all rows begin and end on such boundaries."""
+    vec = 16 // min(y.element_size() for y in (x, *others))
     whole = x.shape[1] % vec == 0 and (x.stride(0) % vec == 0 or x.shape[0] <= 1)
-    return vec if whole and x.data_ptr() % 16 == out.data_ptr() % 16 == 0 else 1
+    return vec if whole and all(y.data_ptr() % 16 == 0 for y in (x, *others)) else 1
 
 
 def _square(x: Tensor, unit: float, squares: Tensor, first: int, chunks: int, out: Tensor) -> None:
@@ -267,12 +429,42 @@ def _release(x: Tensor, factors: Tensor, out: Tensor, numbers: gpu.Numbers) -> N
             numbers.fine, numbers.grid, numbers.scale, numbers.inverse,
             KIND=numbers.kind, EMPTY=x.shape[0] == 0,
             UNROLL=_UNROLL, VEC=vec, LANES=_RELEASE_BLOCK // vec,
-            **_options(x.device, False, x.shape[0] == 0),
+            # For noise alone ptxas (of Triton 3.9) spills for the sake of 72 registers.
+            **_options(x.device, False, None if x.shape[0] else 96),
+        )  # fmt: skip
+
+
+def _sum_rows(of: gpu.Rows) -> None:
+    x, cols = of.teachers[0], of.sums.shape[1]
+    vec = _vector(*of.teachers)
+    sizes = (cols, len(of.teachers), x.stride(0))
+    numbers = (of.inverse_temperature, of.exponentials, of.clip, of.unit, of.fine)
+    kind = {"ELEMENT": _ELEMENTS[x.dtype], "SOFTMAX": of.inverse_temperature != 0, "VEC": vec}
+    with torch.cuda.device_of(x):
+        if cols <= NARROW:
+            lanes = max(power_of_two_at_least(cols) // vec, 1)
+            rows = _ROW_BLOCK // (lanes * vec)
+            _narrow_rows_kernel[(triton.cdiv(len(of.sums), rows),)](
+                of.table, of.sums, len(of.sums), *sizes, *numbers,
+                **kind, ROWS=rows, LANES=lanes,
+                **_options(x.device, False, 128),  # ptxas spills for the sake of 80
+            )  # fmt: skip
+            return
+        highest, factors = of.scratch()
+        options = _options(x.device, False)
+        chunks, lanes = triton.cdiv(cols, _ROW_BLOCK), _ROW_BLOCK // vec
+        _row_factor_kernel[(factors.numel(),)](
+            of.table, highest, factors, *sizes, *numbers[:4],
+            **kind, LANES=lanes, **options,
+        )  # fmt: skip
+        _row_sum_kernel[(len(of.sums) * chunks,)](
+            of.table, highest, factors, of.sums, *sizes, chunks, *numbers[:2], of.fine,
+            **kind, UNROLL=_UNROLL, LANES=lanes, **options,
         )  # fmt: skip
 
 
 def _kernels() -> gpu.Kernels:
-    return gpu.Kernels(_SQUARE_BLOCK * _SQUARE_STEPS, _square, _release)
+    return gpu.Kernels(_SQUARE_BLOCK * _SQUARE_STEPS, _square, _release, _sum_rows)
 
 
 def clip_and_noise(grad_samples: Sequence[Tensor], *release: Any) -> list[Tensor]:
@@ -283,3 +475,13 @@ def clip_and_noise(grad_samples: Sequence[Tensor], *release: Any) -> list[Tensor
 def add_noise_(sums: Sequence[Tensor], *release: Any) -> None:
     """The op `fastdistill::add_noise_`."""
     gpu.add_noise_(_kernels(), sums, *release)
+
+
+def noisy_softmax_sum(teachers: Sequence[Tensor], *release: Any) -> Tensor:
+    """The op `fastdistill::noisy_softmax_sum`."""
+    return gpu.noisy_softmax_sum(_kernels(), teachers, *release)
+
+
+def noisy_gradient_sum(teachers: Sequence[Tensor], *release: Any) -> Tensor:
+    """The op `fastdistill::noisy_gradient_sum`."""
+    return gpu.noisy_gradient_sum(_kernels(), teachers, *release)

@@ -68,6 +68,10 @@ def check(module: ModuleType, config: Config) -> None:
     (got,) = module.clip_and_noise([x], *planned, *bits)
     dense = x.contiguous() if config["layout"] != "far" else torch.stack(list(x))
     (want,) = reference.clip_and_noise([dense], planned, bits)
+    assert_released(got, want, config)
+
+
+def assert_released(got: Tensor, want: Tensor, config: Config) -> None:
     assert got.dtype is want.dtype and got.shape == want.shape
     if config["noise"] == "none":
         relative = 1e-12 if got.dtype is torch.float64 else 2.0**-23
@@ -109,6 +113,99 @@ HARMLESS = {
 }  # fmt: skip
 EMPTY: Config = {**PLAIN, "samples": 0}
 
+ROW_FACTORS: dict[str, tuple[Any, ...]] = {
+    "dtype": ("fp32", "bf16", "fp64"),
+    "kind": ("softmax", "gradient"),
+    "cols": (),
+    "teachers": (1, 2, 5),
+    "noise": ("philox", "none"),
+    "layout": ("dense", "padded"),
+    "target": TARGETS,
+}
+NARROW: Config = {
+    "dtype": "fp32",
+    "kind": "softmax",
+    "cols": 64,
+    "teachers": 5,
+    "noise": "philox",
+    "layout": "dense",
+    "target": "sm_90",
+}
+WIDE: Config = {**NARROW, "cols": 2304}
+ROWS = 3
+
+
+def teachers(config: Config) -> list[Tensor]:
+    """[ROWS, cols] each, inside NaN; of several the second has a row that ends in inf."""
+    torch.manual_seed(0)
+    count, cols, dtype = config["teachers"], config["cols"], DTYPES[config["dtype"]]
+    pad = 16 if config["layout"] == "padded" else 0
+    x = torch.full((count, ROWS, cols + pad), float("nan"))
+    x[..., :cols] = torch.randn(count, ROWS, cols) - 2
+    x = x.to(dtype)[..., :cols]
+    if count > 1:
+        x[1, 1, -1] = float("inf")
+    if config["layout"] == "far":
+        return [far_apart(x[0])] * count
+    return list(x)
+
+
+def release_of(module: ModuleType, config: Config) -> tuple[Any, tuple[Any, ...]]:
+    """The launcher's function, and its numbers."""
+    sigma = 0.0 if config["noise"] == "none" else 2.0
+    key = torch.tensor([7, 0xFFFFFFFF, 2, 3, 0x80000000, 5, 6, 1])
+    bits = source.Source(KINDS[config["noise"]], key, (1 << 62) + 0xFFFFFFF1)
+    if config["kind"] == "softmax":
+        planned = mechanism.plan_answers(sigma, config["cols"])
+        return module.noisy_softmax_sum, (1.7, planned, bits)
+    single = config["dtype"] != "fp64"
+    planned = mechanism.plan(20.0, sigma, 1.0, config["cols"], single)
+    return module.noisy_gradient_sum, (planned, bits)
+
+
+def call_rows(module: ModuleType, config: Config) -> None:
+    function, (*first, planned, bits) = release_of(module, config)
+    function(teachers(config), *first, *planned, *bits)
+
+
+def check_rows(module: ModuleType, config: Config) -> None:
+    """As `check`."""
+    x = teachers(config)
+    function, (*first, planned, bits) = release_of(module, config)
+    got = function(x, *first, *planned, *bits)
+    oracle, numbers = release_of(reference, config)
+    want = oracle([torch.stack(list(y)) for y in x], *numbers)
+    assert_released(got, want, config)
+
+
+def row_tile(arguments: Mapping[str, Any]) -> int:
+    """Elements of teachers."""
+    rows, at_once = arguments.get("ROWS", 1), arguments.get("UNROLL", 1)
+    return rows * arguments["LANES"] * arguments["VEC"] * at_once
+
+
+def row_kernel(name: str, plain: Config, cols: tuple[int, ...], **options: Any) -> TritonKernel:
+    return TritonKernel(
+        name=name,
+        module=MODULE,
+        factors={**ROW_FACTORS, "cols": cols},
+        possible=lambda config: True,
+        call=call_rows,
+        check=check_rows,
+        tile=row_tile,
+        least=lambda config: Least(DTYPES[config["dtype"]].itemsize, 0),
+        headlines={"softmax": plain},
+        architecture="architecture",
+        faults=(
+            plain,
+            {**plain, "dtype": "bf16", "kind": "gradient", "layout": "padded", "teachers": 2},
+            {**plain, "cols": cols[-1], "noise": "none", "layout": "far"},
+        ),
+        not_sanitized="triton-viz cannot follow the addresses that it loads",
+        **options,
+    )
+
+
 TRITON = (
     TritonKernel(
         name="_square_kernel",
@@ -147,6 +244,21 @@ TRITON = (
         uniform=frozenset({("load", 8)}),
         sanitized=({**EMPTY, "noise": "none"}, {**EMPTY, "noise": "none", "size": 4099}),
     ),
+    row_kernel(
+        "_narrow_rows_kernel",
+        NARROW,
+        (10, 64, 257),
+        passes=lambda arguments: 1,
+        uniform=frozenset({("load", 8)}),
+    ),
+    row_kernel("_row_factor_kernel", WIDE, (1024, 2304, 1027), passes=lambda arguments: 2),
+    row_kernel(
+        "_row_sum_kernel",
+        WIDE,
+        (1024, 2304, 1027),
+        passes=lambda arguments: 1,
+        uniform=frozenset({("load", 8)}),
+    ),
 )
 
 _NOTHING_THERE = "beyond the end a thread reads nothing and adds zeros"
@@ -156,19 +268,30 @@ HARMLESS_CUDA = {
         _NOTHING_THERE,
     "mask loosened: privacy.cuh: for (int64_t at = 0; at < a.samples; at += kUnroll) {":
         _NOTHING_THERE,
+    "mask loosened: row_sums.cuh: for (int64_t first = threadIdx.x * kEach; first < a.cols; "
+    "first += blockDim.x * kEach) {":
+        _NOTHING_THERE,
+    "mask loosened: row_sums.cuh: for (int64_t at = 0; at < a.teachers; at += kUnroll) {":
+        _NOTHING_THERE,
 }  # fmt: skip
 
 CUDA = tuple(
     CudaKernel(
         name=name,
         room="privacy",
-        source="privacy.cuh",
+        source=file,
         probe="probe_privacy.cu",
-        headers=("privacy.cuh", "group.cuh"),
+        headers=("privacy.cuh", "row_sums.cuh", "group.cuh"),
         harmless=HARMLESS_CUDA,
         wide=wide,
     )
-    for name, wide in (("privacy_square", ("load",)), ("privacy_release", ("load", "store")))
+    for name, file, wide in (
+        ("privacy_square", "privacy.cuh", ("load",)),
+        ("privacy_release", "privacy.cuh", ("load", "store")),
+        ("privacy_narrow_rows", "row_sums.cuh", ("load", "store")),
+        ("privacy_row_factor", "row_sums.cuh", ("load",)),
+        ("privacy_row_sum", "row_sums.cuh", ("load", "store")),
+    )
 )
 
 KERNELS = (*TRITON, *CUDA)

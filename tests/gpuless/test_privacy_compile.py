@@ -14,15 +14,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import room_privacy
 import triton_static as static
 
-SQUARE, RELEASE = room_privacy.TRITON
+SQUARE, RELEASE, NARROW, _, SUM = room_privacy.TRITON
 
 
-def fused(target: str, **options: bool) -> list[str]:
+def fused(
+    kernel: static.TritonKernel, config: static.Config, target: str, **options: bool
+) -> list[str]:
     """Products and sums of doubles that are, or may still become, one rounding."""
     amd = target == "gfx942"
-    # AMD's quotients and roots are made of fused operations: none is there without noise.
-    config = {**room_privacy.PLAIN, "noise": "none" if amd else "philox"}
-    launch = static.record(RELEASE, config, target)
+    launch = static.record(kernel, config, target)
     launch = launch._replace(options={**launch.options, **options})
     asm = static.compile_launch(launch, target).asm
     if amd:
@@ -30,11 +30,23 @@ def fused(target: str, **options: bool) -> list[str]:
     return re.findall(r"\bfma\.\S*f64|\b(?:mul|add|sub)\.f64", asm["ptx"])  # without .rn they fuse
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_privacy_no_product_is_fused_with_a_sum(target: str) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "config", "target"),
+    [
+        (RELEASE, room_privacy.PLAIN, "sm_90"),
+        (NARROW, room_privacy.NARROW, "sm_90"),
+        (SUM, room_privacy.WIDE, "sm_90"),
+        # AMD's quotients and roots are made of fused operations: where none of those are.
+        (RELEASE, {**room_privacy.PLAIN, "noise": "none"}, "gfx942"),
+        (SUM, room_privacy.WIDE, "gfx942"),
+    ],
+)
+def test_privacy_no_product_is_fused_with_a_sum(
+    kernel: static.TritonKernel, config: static.Config, target: str
+) -> None:
     """Or the noise would have other bits than elsewhere; the control: where fusing is allowed."""
-    assert not fused(target)
-    assert fused(target, enable_fp_fusion=True)
+    assert not fused(kernel, config, target)
+    assert fused(kernel, config, target, enable_fp_fusion=True)
 
 
 def test_privacy_the_key_selects_no_kernel() -> None:
@@ -55,3 +67,11 @@ def test_privacy_one_kernel_serves_every_size(kernel: static.TritonKernel) -> No
         constants = [launch.arguments[p.name] for p in launch.kernel.params if p.is_constexpr]
         keys.add(tuple(map(str, constants)))
     assert len(keys) == 1
+
+
+@pytest.mark.parametrize("kernel", room_privacy.TRITON[2:], ids=lambda k: k.name)
+def test_privacy_one_kernel_serves_all_rows_and_teachers(kernel: static.TritonKernel) -> None:
+    (config,) = kernel.headlines.values()
+    launch = static.record(kernel, config)
+    varying = [p for p in launch.kernel.params if not p.is_constexpr and "ptr" not in p.name]
+    assert all(p.do_not_specialize or p.annotation_type == "fp64" for p in varying)

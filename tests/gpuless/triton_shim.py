@@ -5,7 +5,8 @@
 - `tl.maximum` and `tl.minimum` propagate NaN there; on a GPU they drop it unless told otherwise.
 - `tl.dot` multiplies bfloat16's raw bits: here it widens its operands.
 - An access outside every tensor of the launch is silent there, and so is a false promise of
-  alignment (`tl.multiple_of`): both raise.
+  alignment (`tl.multiple_of`): both raise. Tensors whose addresses are in a table that the launch
+  is given (fastdistill.privacy.gpu.addresses) are of the launch.
 - Each call of one jit function by another patches all of triton.language again, though the launch
   has done so: 3/4 of the time of a kernel made of functions.
 
@@ -14,12 +15,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import triton.language as tl
+from torch import Tensor
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from fastdistill.privacy import gpu
 
 
 def widen(raw: np.ndarray) -> np.ndarray:
@@ -86,6 +91,7 @@ _ranges: list[tuple[int, int]] = []
 
 def _run(self: Any, *args: Any, **kwargs: Any) -> Any:
     tensors = [x for x in (*args, *kwargs.values()) if hasattr(x, "data_ptr") and x.numel()]
+    tensors += [x for table in tensors for x in getattr(table, "addressed", ())]
     _ranges[:] = []
     for x in tensors:
         last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
@@ -139,6 +145,15 @@ def _promise(self: Any, key: str, value: Any) -> None:
     self.attr[key] = value
 
 
+_addresses = gpu.addresses
+
+
+def _remembered(tensors: Sequence[Tensor]) -> Tensor:
+    table = _addresses(tensors)
+    table.addressed = tensors  # type: ignore[attr-defined]
+    return table
+
+
 _patched_modules: set[int] = set()
 
 
@@ -154,6 +169,7 @@ def install() -> None:
     """Patch the interpreter."""
     interpreter.InterpretedFunction.__call__ = _call
     interpreter.InterpretedFunction.run = _run
+    gpu.addresses = _remembered
     InterpreterBuilder.create_masked_load = _masked_load
     InterpreterBuilder.create_masked_store = _masked_store
     TensorHandle.set_attr = _promise

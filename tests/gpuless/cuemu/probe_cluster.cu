@@ -1,9 +1,8 @@
 // The header's own test: a row summed by a cluster of blocks through distributed shared memory, in
 // static and in dynamic memory. No kernel of the package takes clusters yet.
-#include "group.cuh"
-
 #include <cooperative_groups.h>
 
+#include "group.cuh"
 #include "probe.h"
 
 namespace cg = cooperative_groups;

@@ -1,8 +1,7 @@
 // The kernels of kd: one instance of each way to keep a row, and of each element type.
-#include "kd.cuh"
-
 #include <sys/mman.h>
 
+#include "kd.cuh"
 #include "probe.h"
 
 namespace {
@@ -17,7 +16,8 @@ std::vector<double> softmax(const std::vector<double>& x, double t) {
 }
 
 // Rows of `cols`, the student's `offset` elements into its memory, so that with an offset it does
-// not share the gradient's alignment. The last row is dropped, and the first row's label is no class.
+// not share the gradient's alignment. The last row is dropped, and the first row's label is no
+// class.
 template <fd::Divergence D, class Store>
 void forward(const char* what, int rows, int cols, int offset, unsigned blocks, unsigned threads) {
   using Student = typename Store::Student;

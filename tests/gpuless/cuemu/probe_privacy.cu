@@ -1,7 +1,7 @@
 // The kernels of private releases: each element type and generator, and the generators on the
 // vectors of their authors.
-#include "privacy.cuh"
 #include "probe.h"
+#include "row_sums.cuh"
 
 namespace {
 
@@ -48,10 +48,9 @@ double normal(const fd::Draws& d, int64_t e) {
 }
 
 // `count` samples of `size` elements, `step` apart; sample 1 is left out, and is NaN.
-template <class E, fd::Generator G>
+template <class E, fd::Generator G, class Out = float>
 void release(const char* what, int count, int64_t size, int64_t step, int64_t offset,
              int64_t out_offset = 0) {
-  using Out = std::conditional_t<std::is_same_v<E, double>, double, float>;
   const size_t n = count == 0 ? 0 : static_cast<size_t>((count - 1) * step + size);
   Buffer<E> x(n + static_cast<size_t>(offset));
   for (int s = 0; s < count; s++) {
@@ -76,7 +75,7 @@ void release(const char* what, int count, int64_t size, int64_t step, int64_t of
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>((size + fd::kTile - 1) / fd::kTile));
   config.blockDim = dim3(fd::kReleaseThreads);
-  expect(what, cudaLaunchKernelEx(&config, fd::privacy_release<E, G>, a), 0, 0);
+  expect(what, cudaLaunchKernelEx(&config, fd::privacy_release<E, Out, G>, a), 0, 0);
   for (int64_t e = 0; e < size; e++) {
     double sum = 0;
     for (int s = 0; s < count; s++) {
@@ -124,6 +123,62 @@ void square(const char* what, int count, int64_t size, int64_t step, int64_t off
   }
 }
 
+// The sum of rows of softmax, or clipped, of `teachers`; one row of one of them is not finite.
+template <class E, bool Softmax>
+void sum_rows(const char* what, int teachers, int64_t rows, int64_t cols, int64_t step,
+              int64_t offset) {
+  std::vector<Buffer<E>> x;
+  std::vector<uint64_t> table;
+  for (int t = 0; t < teachers; t++) {
+    x.emplace_back(static_cast<size_t>((rows - 1) * step + cols + offset));
+    E* data = x.back().data.get() + offset;
+    table.push_back(reinterpret_cast<uintptr_t>(data));
+    for (int64_t r = 0; r < rows; r++)  // far below zero, so that one beside a row would show
+      for (int64_t c = 0; c < cols; c++)
+        data[r * step + c] = static_cast<E>((rand() % 1000) / 250.f - 60.f);
+  }
+  x[1].data[offset + 7] = static_cast<E>(NAN);
+  Buffer<double> sums(static_cast<size_t>(rows * cols));
+  Buffer<double> highest(static_cast<size_t>(rows * teachers));
+  Buffer<double> factors(static_cast<size_t>(rows * teachers));
+  fd::RowParams a{};
+  a.table = table.data();
+  a.sums = sums.data.get(), a.highest = highest.data.get(), a.factors = factors.data.get();
+  a.teachers = teachers, a.rows = rows, a.cols = cols, a.x_step = step;
+  a.inverse = 0.75, a.exponentials = kMagic * 0x1p-32, a.fine = kMagic * kFine;
+  a.clip = 0.9, a.unit = 0.5;
+  a.chunks = (cols + fd::kRowThreads * fd::kEach - 1) / (fd::kRowThreads * fd::kEach);
+  a.lanes = 1;
+  while (a.lanes < fd::kWarp && a.lanes * fd::kEach < cols) a.lanes *= 2;
+  const auto start = [&](auto kernel, int64_t blocks) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(fd::kRowThreads);
+    expect(what, cudaLaunchKernelEx(&config, kernel, a), 0, 0);
+  };
+  if (cols <= fd::kNarrow) {
+    const int64_t each = fd::kRowThreads / a.lanes;
+    start(fd::privacy_narrow_rows<E, Softmax>, (rows + each - 1) / each);
+  } else {
+    start(fd::privacy_row_factor<E, Softmax>, rows * teachers);
+    start(fd::privacy_row_sum<E, Softmax>, rows * a.chunks);
+  }
+  std::vector<double> want(static_cast<size_t>(rows * cols));
+  for (int t = 0; t < teachers; t++) {
+    for (int64_t r = t == 1; r < rows; r++) {
+      const E* row = x[t].data.get() + offset + r * step;
+      double top = -INFINITY, total = 0, square = 0;
+      for (int64_t c = 0; c < cols; c++) top = std::max(top, wide(row[c]));
+      const auto e = [&](int64_t c) { return std::exp((wide(row[c]) - top) * a.inverse); };
+      for (int64_t c = 0; c < cols; c++) total += e(c), square += wide(row[c]) * wide(row[c]);
+      const double factor = std::min(a.clip / (std::sqrt(square) + 1e-6), 1.0);
+      for (int64_t c = 0; c < cols; c++)
+        want[r * cols + c] += Softmax ? e(c) * a.clip / total : wide(row[c]) * factor;
+    }
+  }
+  for (int64_t i = 0; i < rows * cols; i++) expect(what, sums.data[i], want[i], 1e-8);
+}
+
 // Offsets of samples that lie further apart than 32 bits can say, without the memory.
 void far_samples() {
   const int64_t far = int64_t{1} << 33, sample = 13;
@@ -133,6 +188,13 @@ void far_samples() {
   const auto offset = [&](const void* p) { return reinterpret_cast<intptr_t>(p) - far; };
   expect("far sample", offset(fd::row_of<float>(a, sample)) == sample * a.x_step * 4, 1, 0);
   expect("far square", offset(fd::square_of(a, sample)) == sample * a.square_step * 8, 1, 0);
+  const uint64_t address = far;
+  fd::RowParams b{};
+  b.table = &address;
+  b.sums = reinterpret_cast<double*>(far);
+  b.x_step = b.cols = far / 4 + 1;
+  expect("far row", offset(fd::teacher_row<float>(b, 0, sample)) == sample * b.x_step * 4, 1, 0);
+  expect("far sums", offset(fd::sums_of(b, sample)) == sample * b.cols * 8, 1, 0);
 }
 
 // Random123's kat_vectors (philox4x32 10), and RFC 8439, 2.3.2.
@@ -170,12 +232,19 @@ int main() {
   for (int64_t offset : {0, 1}) {
     release<float, Generator::philox>("philox", 6, 1301, 1304 + offset, offset, offset);
     release<bf16, Generator::chacha20>("chacha20", 3, 136, 136, offset);
-    release<double, Generator::chacha20>("double", 2, 130, 131, offset);
+    release<double, Generator::chacha20, double>("double", 2, 130, 131, offset);
+    release<double, Generator::philox>("double to float", 1, 35, 35, offset, offset);
     release<__half, Generator::none>("no noise", 5, 71, 72, offset);
     square<float>("square", 2, 1097, 1104 + offset, offset, 64);
     square<bf16>("square of bf16", 2, 1024, 1024, offset, 128);
     square<double>("square of double", 2, 23, 24, offset, 32);
     square<__half>("square of f16", 2, 71, 72, offset, 32);
+    sum_rows<float, true>("softmax rows", 3, 9, 101, 104 + offset, offset);
+    sum_rows<bf16, false>("clipped rows", 2, 131, 8, 8, offset);
+    sum_rows<double, true>("softmax of double", 5, 2, 257, 258, offset);
+    sum_rows<__half, false>("clipped f16", 3, 2, 1029, 1032, offset);
+    sum_rows<float, false>("wide rows", 6, 2, 1032, 1032, offset);
+    sum_rows<__half, true>("wide softmax", 2, 2, 1029, 1040, offset);
   }
   release<float, Generator::chacha20>("noise alone", 0, 135, 0, 0);
   return failures == 0 ? 0 : 1;
