@@ -3,23 +3,19 @@
 The checks are those that the engine passes (test_privacy_engine_proof.py).
 """
 
-import re
-import sys
-from contextlib import contextmanager
-from pathlib import Path
-from types import ModuleType
-
+import mutants
 import privacy_engine_checks as checks
 import pytest
 
 from fastdistill.privacy import engine
 
-ROOM = Path(engine.__file__).parent
-NAMES = (
-    "exact", "gradients", "capture", "layers", "module", "losses", "settings", "optimizer",
-    "criterion", "sampling", "engine",
+FILES = mutants.Files(
+    engine,
+    (
+        "exact", "gradients", "capture", "layers", "module", "losses", "settings", "optimizer",
+        "criterion", "sampling", "engine",
+    ),
 )  # fmt: skip
-"""The room's files, each after those that it imports."""
 
 MUTATIONS = {
     "not clipped": ("optimizer", ".clamp(max=1)", ".clamp(min=1)", "sensitivity"),
@@ -220,28 +216,8 @@ MUTATIONS = {
 }  # fmt: skip
 
 
-@contextmanager
-def mutated(file: str, old: str, new: str):
-    """The engine with one change, as modules of their own."""
-    parts: dict[str, ModuleType] = {}
-    try:
-        for name in NAMES:
-            text = (ROOM / f"{name}.py").read_text()
-            if name == file:
-                assert old in text, f"{name}.py has no {old!r}: it is out of date"
-                text = text.replace(old, new)
-            text = re.sub(
-                r"from fastdistill\.privacy\.engine import (\w+)",
-                r"import mutated_engine_\1 as \1", text,
-            )  # fmt: skip
-            text = text.replace("fastdistill.privacy.engine.", "mutated_engine_")
-            full = f"mutated_engine_{name}"
-            parts[name] = sys.modules[full] = ModuleType(full)
-            exec(compile(text, f"{name}.py", "exec"), parts[name].__dict__)
-        yield checks.Engine("mutated", parts["engine"].PrivacyEngine, parts["sampling"])
-    finally:
-        for name in NAMES:
-            sys.modules.pop(f"mutated_engine_{name}", None)
+def implementation(parts):
+    return checks.Engine("mutated", parts["engine"].PrivacyEngine, parts["sampling"])
 
 
 @pytest.fixture(autouse=True)
@@ -251,18 +227,18 @@ def quietly(one_thread):
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_broken_engine_is_caught(name):
-    file, old, new, check = MUTATIONS[name]
-    with mutated(file, old, new) as broken, pytest.raises(AssertionError):
-        getattr(checks, f"check_{check}")(broken)
+    mutation = mutants.Mutation(*MUTATIONS[name])
+    with mutants.made(FILES, mutation) as parts, pytest.raises(AssertionError):
+        getattr(checks, f"check_{mutation.check}")(implementation(parts))
 
 
 def test_the_machinery_passes_what_is_not_broken():
     """Those that take least; the whole engine passes all of them."""
-    with mutated("settings", "def plan", "def plan") as whole:
+    with mutants.made(FILES) as parts:
         for check in (checks.check_replay, checks.check_noise, checks.check_refusals):
-            check(whole)
+            check(implementation(parts))
 
 
 def test_every_file_of_the_engine_is_loaded():
     """No part of a broken engine is that of the whole one."""
-    assert {p.stem for p in ROOM.glob("*.py")} == {*NAMES, "__init__"}
+    assert {p.stem for p in FILES.folder.glob("*.py")} == {*FILES.names, "__init__"}

@@ -3,17 +3,13 @@
 The checks are those that every backend passes (test_privacy_values, _noise, _edges).
 """
 
-import sys
-from contextlib import contextmanager
-from pathlib import Path
-from types import ModuleType
-
+import mutants
 import privacy_checks as checks
 import pytest
 
 from fastdistill import privacy
 
-ROOM = Path(privacy.__file__).parent
+FILES = mutants.Files(privacy, ("mechanism", "source", "reference"))
 
 MUTATIONS = {
     "norm of the first tensor only": (
@@ -98,31 +94,8 @@ MUTATIONS = {
 }  # fmt: skip
 
 
-@contextmanager
-def broken_parts(module: str, old: str, new: str):
-    """The room's Python, with one change, as modules of their own, by their names."""
-    parts: dict[str, ModuleType] = {}
-    names = ("mechanism", "source", "reference")
-    try:
-        for name in names:
-            text = (ROOM / f"{name}.py").read_text()
-            if name == module:
-                assert text.count(old) >= 1, f"{name}.py has no {old!r}: it is out of date"
-                text = text.replace(old, new)
-            for other in names:
-                text = text.replace(f"fastdistill.privacy.{other}", f"mutated_{other}")
-            parts[name] = sys.modules[f"mutated_{name}"] = ModuleType(f"mutated_{name}")
-            exec(compile(text, f"{name}.py", "exec"), parts[name].__dict__)
-        yield parts
-    finally:
-        for name in names:
-            sys.modules.pop(f"mutated_{name}", None)
-
-
-@contextmanager
-def mutated(module: str, old: str, new: str):
-    with broken_parts(module, old, new) as parts:
-        yield checks.Implementation("mutated", parts["reference"].clip_and_noise, **parts)
+def implementation(parts):
+    return checks.Implementation("mutated", parts["reference"].clip_and_noise, **parts)
 
 
 @pytest.fixture(autouse=True)
@@ -132,12 +105,12 @@ def quietly(one_thread):
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_broken_release_is_caught(name):
-    module, old, new, check = MUTATIONS[name]
-    with mutated(module, old, new) as broken, pytest.raises(AssertionError):
-        getattr(checks, f"check_{check}")(broken)
+    mutation = mutants.Mutation(*MUTATIONS[name])
+    with mutants.made(FILES, mutation) as parts, pytest.raises(AssertionError):
+        getattr(checks, f"check_{mutation.check}")(implementation(parts))
 
 
 @pytest.mark.parametrize("check", checks.CHECKS, ids=lambda c: c.__name__)
 def test_the_machinery_passes_what_is_not_broken(check):
-    with mutated("reference", "m = mechanism\n", "m = mechanism\n") as whole:
-        check(whole)
+    with mutants.made(FILES) as parts:
+        check(implementation(parts))

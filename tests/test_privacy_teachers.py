@@ -2,12 +2,13 @@
 
 import math
 
+import mutants
 import privacy_teacher_checks as checks
 import pytest
 import torch
 from privacy_checks import BF16, F32, F64, chacha20, philox
 from privacy_teacher_checks import SUMS, of_backend
-from test_privacy_mutations import broken_parts
+from test_privacy_mutations import FILES
 
 import fastdistill as fd
 from fastdistill.privacy import mechanism, noisy_gradient_sum, noisy_softmax_sum
@@ -208,12 +209,13 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_privacy_teachers_a_broken_sum_is_caught(name, one_thread):
-    module, old, new, check = MUTATIONS[name]
-    with broken_parts(module, old, new) as parts, pytest.raises(AssertionError):
-        getattr(checks, f"check_{check}")(checks.of_module(parts["reference"], parts["mechanism"]))
+    mutation = mutants.Mutation(*MUTATIONS[name])
+    with mutants.made(FILES, mutation) as parts, pytest.raises(AssertionError):
+        broken = checks.of_module(parts["reference"], parts["mechanism"])
+        getattr(checks, f"check_{mutation.check}")(broken)
 
 
 @pytest.mark.parametrize("check", checks.CHECKS, ids=lambda c: c.__name__)
 def test_privacy_teachers_the_machinery_passes_what_is_not_broken(check, one_thread):
-    with broken_parts("reference", "m = mechanism\n", "m = mechanism\n") as parts:
+    with mutants.made(FILES) as parts:
         check(checks.of_module(parts["reference"], parts["mechanism"]))
