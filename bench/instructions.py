@@ -26,11 +26,16 @@ LEVELS = ("baseline", "avx2", "avx512")
 
 KERNELS = {
     "exponential": ("exp_loop(", 4),
-    "kd maxima": ("maxima<float, true>(", 4),
     "kd exponentials": ("Pass<float>::step1<true, true, 2>(", 4),
-    "kd gradient": ("Pass<float>::group<(fd::Divergence)1, true, 2>(", 4),
-    "kd gradient, reverse": ("Pass<float>::run<(fd::Divergence)2, true, 2>(", 4),
-    "kd few classes": ("Pass<float>::tile<(fd::Divergence)1, true, 2>(", 4),
+    "kd gradient": ("gradient<float, (fd::Divergence)1, true, 2, true, fd::L::Same<float> >(", 4),
+    "kd gradient, reverse": (
+        "gradient<float, (fd::Divergence)2, true, 2, true, fd::L::Same<float> >(",
+        4,
+    ),
+    "kd few, gradient": (
+        "gradient<float, (fd::Divergence)1, true, 2, true, fd::L::Lanes<float> >(",
+        4,
+    ),
     "kd few, exponentials": ("exponentials<float, true, true, 2, fd::L::Lanes<float> >(", 4),
     "kd backward": ("scale_rows<float>(", 4),
     "softmax": ("SoftmaxPass<float>::forward<false>(", 4),
@@ -42,7 +47,7 @@ KERNELS = {
     "hint distance": ("HintPass<float>::row(", 4),
     "load": ("load<float>(", 4),
     "store": ("store<float>(", 4),
-    "transpose in": ("load_tile(", 0),
+    "transpose in": ("load_tile<true>(", 0),
     "transpose out": ("store_tile(", 0),
     "privacy norm": ("privacy_square(", 4),
     "privacy sum": ("privacy_add(", 8),
@@ -117,7 +122,7 @@ def count(path: str | Path | None = None) -> Counts:
             continue
         plain = header.replace(f"fd::{level[1]}::", "fd::L::")
         for name, (start, size) in KERNELS.items():
-            if re.match(r"(?:\w+ (?:const)?\*? ?)?fd::L::" + re.escape(start), plain):
+            if re.match(r"(?:[\w:<>]+ (?:const)?\*? ?)?fd::L::" + re.escape(start), plain):
                 loops = [Loop(*x) for x in inner_loops(code, size)]
                 loops = sorted((x for x in loops if x.elements >= 4 or not size), key=_cost)
                 found.setdefault(level[1], {}).setdefault(name, []).extend(loops)

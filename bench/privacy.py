@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import fastdistill
-from bench import schema
+from bench import curves, schema
 from bench.environment import describe, isa
 from bench.op import DTYPES
 from bench.timing import QUIET, Step, cpu_call, in_turn, summary
@@ -110,6 +110,17 @@ def _clip_row(shape: tuple[int, ...], dtype: str, threads: int, seconds: float) 
     return {**found, "kind": "clip", "dtype": dtype, "right": right, "error": errors}
 
 
+def _curve(threads: int, quick: bool) -> list[dict]:
+    """Clipped sums along the number of parameters, for the pictures of `curves`."""
+    shapes = curves.PARAMETERS[::2] if quick else curves.PARAMETERS
+    about = {"suite": "curves", "axis": "parameters"}
+    seconds = 0.2 if quick else 1.0
+    return [
+        {"shape": list(x), **_clip_row(x, "fp32", threads, seconds), **about, "at": x[1]}
+        for x in shapes
+    ]
+
+
 def _times(steps: dict[str, Step], seconds: float) -> dict:
     turns = in_turn(steps, seconds, 7, 200)
     stats = {name: summary(turns.samples[name]["both"]) for name in steps}
@@ -122,7 +133,7 @@ def _times(steps: dict[str, Step], seconds: float) -> dict:
 
 
 def measure(threads: list[int], dtypes: list[str], quick: bool, say: Callable[[str], None]) -> dict:
-    """Every shape at every number of threads, as schema.py describes."""
+    """Every shape at every number of threads, and a curve at the first, as schema.py describes."""
     seconds = 1.0 if quick else 6.0
     begin = time.perf_counter()
     rows: list[dict] = []
@@ -133,8 +144,10 @@ def measure(threads: list[int], dtypes: list[str], quick: bool, say: Callable[[s
         for shape in CLIP_SHAPES:
             for dtype in dtypes:
                 rows.append({"shape": list(shape), **_clip_row(shape, dtype, count, seconds)})
+        if count == threads[0]:
+            rows += _curve(count, quick)
         for row in [r for r in rows if "threads" not in r]:
-            row.update(ABOUT, threads=count, isa=isa())
+            row.update({**ABOUT, **row}, threads=count, isa=isa())
             say("\n".join(_lines(row)))
     return {
         "schema": schema.VERSION,
@@ -167,7 +180,7 @@ def _lines(row: dict) -> list[str]:
         elif "limit" in row["ms"]:
             times = ms / row["ms"]["limit"]
             text += f" {times:8.2f} x reading twice"
-            if name == "chacha20":
+            if name == "chacha20" and row["suite"] == "main":
                 text += f" ({_bar(times <= OF_LIMIT, OF_LIMIT)})"
         if row["right"].get(name) is False:
             text += "  WRONG"

@@ -1,10 +1,12 @@
 """The benchmark of clip_and_noise: its rows, and that a wrong contender shows."""
 
+import json
+
 import pytest
 import torch
 
 from bench import __main__ as command
-from bench import privacy
+from bench import curves, privacy
 from fastdistill import _native
 
 pytestmark = pytest.mark.skipif(_native.cpu().module is None, reason=str(_native.cpu().reason))
@@ -14,6 +16,7 @@ pytestmark = pytest.mark.skipif(_native.cpu().module is None, reason=str(_native
 def small(monkeypatch, one_thread):
     monkeypatch.setattr(privacy, "NOISE_SHAPES", [(5000,)])
     monkeypatch.setattr(privacy, "CLIP_SHAPES", [(4, 3000)])
+    monkeypatch.setattr(curves, "PARAMETERS", [(4, 10), (4, 70), (4, 500)])
     monkeypatch.setattr(
         privacy, "in_turn", lambda steps, *_: privacy_in_turn(steps, seconds=0.01, least=2, most=3)
     )
@@ -28,7 +31,10 @@ def test_rows_and_verdicts(capsys, tmp_path):
     text = capsys.readouterr().out
     assert "noise 5000 fp32" in text and "clip 4x3000 bf16" in text and "WRONG" not in text
     assert "bar 4: " in text and "bar 1: " in text and "x reading twice (bar 1.3: " in text
-    assert path.exists()
+    rows = json.loads(path.read_text())["rows"]
+    points = [(r["axis"], r["at"], r["shape"]) for r in rows if r["suite"] == "curves"]
+    assert points == [("parameters", 10, [4, 10]), ("parameters", 500, [4, 500])]
+    assert "clip 4x500 fp32" in text and text.count("bar 1.3") == 2  # of the clip cases alone
 
 
 def test_a_wrong_contender_shows(monkeypatch, capsys):

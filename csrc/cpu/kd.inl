@@ -322,12 +322,11 @@ struct Pass {
       w.at_t[r] = w.at_t[0];
       w.row[r] = w.row[0];
     }
-    load_tile(a.student.type, w.at_s, a.cols, w.x_s);
-    if (SOFT) load_tile(a.teacher.type, w.at_t, a.cols, w.x_t);
+    const Lanes<R> max_s = load_tile<true>(a.student.type, w.at_s, a.cols, w.x_s);
+    const Lanes<R> max_t = SOFT ? load_tile<true>(a.teacher.type, w.at_t, a.cols, w.x_t) : max_s;
     const R* x_t = SOFT ? w.x_t : w.x_s;
 
-    Lanes<R> max_s, max_t, from_s, from_t;
-    maxima<R, SOFT>(w.x_s, x_t, n, &max_s, &max_t);
+    Lanes<R> from_s, from_t;
     for (int j = 0; j < kLanes; j++) {
       from_s.at[j] = origin(max_s[j]);
       from_t.at[j] = origin(max_t[j]);

@@ -129,9 +129,10 @@ struct Terms {
 // Step 3: the gradient into g, and the terms of the divergence. Reverse KL takes a first round for
 // its sums (GRADIENT false) and a second one.
 template <class R, Divergence DIV, bool HARD, int K, bool GRADIENT, class C>
-static void gradient(const Constants<R, C>& constants, const R* __restrict x_s,
-                     const R* __restrict x_t, Exponentials<R> e, int64_t n, R* __restrict g,
-                     Ahead ahead_g, Terms<R>* terms) {
+static __attribute__((noinline)) void gradient(const Constants<R, C>& constants,
+                                               const R* __restrict x_s, const R* __restrict x_t,
+                                               Exponentials<R> e, int64_t n, R* __restrict g,
+                                               Ahead ahead_g, Terms<R>* terms) {
   const Constants<R, C> c = constants;  // a copy: no store to g can change it
   const R* __restrict e_s = e.s, * __restrict e_t = e.t, * __restrict e_1 = e.one;
   Lanes<R> sum, largest, mean;

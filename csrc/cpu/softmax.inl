@@ -263,12 +263,13 @@ struct SoftmaxPass {
 
   // ---- kLanes rows at once, a row to a lane; x and g become what is written.
 
-  // The rows of a tile; of fewer than kLanes the last one again.
-  void load_rows(const Rows& rows, int64_t row, int count, R* to) const {
+  // The rows of a tile, and their maxima; of fewer than kLanes the last one again.
+  template <bool TOP>
+  Lanes<float> load_rows(const Rows& rows, int64_t row, int count, R* to) const {
     const char* at[kLanes];
     for (int j = 0; j < kLanes; j++)
       at[j] = row_start(rows, row + (j < count ? j : count - 1), a.inner);
-    load_tile(rows.type, at, a.cols, to);
+    return load_tile<TOP>(rows.type, at, a.cols, to);
   }
 
   // The rows after a tile, and those that it will write: asked for while it computes.
@@ -292,13 +293,8 @@ struct SoftmaxPass {
   void forward_tile(const SoftmaxArgs& f, int64_t row, int count, const Tempered<R>& t) const {
     const int64_t n = a.cols * kLanes, piece = kSoftmaxPiece * kLanes;
     R* __restrict x = w.x;
-    load_rows(a.x, row, count, x);
-    Lanes<R> m, base, scale;
-    m.fill(-static_cast<R>(__builtin_inf()));
-    for (int64_t i = 0; i < n; i += kLanes) {
-#pragma omp simd
-      for (int j = 0; j < kLanes; j++) m.at[j] = larger(x[i + j], m.at[j]);
-    }
+    const Lanes<R> m = load_rows<true>(a.x, row, count, x);
+    Lanes<R> base, scale;
     for (int j = 0; j < kLanes; j++)
       base.at[j] = m.at[j] == -static_cast<R>(__builtin_inf()) ? R(0) : m.at[j];
     const Ahead next = tile_after(a.x, row), to = tile_of(f.y, row);
@@ -344,8 +340,8 @@ struct SoftmaxPass {
     const int64_t n = a.cols * kLanes, piece = kSoftmaxPiece * kLanes;
     R* __restrict x = w.x;
     R* __restrict g = w.g;
-    load_rows(a.x, row, count, x);
-    load_rows(f.grad, row, count, g);
+    load_rows<false>(a.x, row, count, x);
+    load_rows<false>(f.grad, row, count, g);
     Lanes<R> m, mean, factor;
     Lanes<double> sum, total;
     for (int j = 0; j < kLanes; j++) {

@@ -1,10 +1,12 @@
 // Rows of few classes, kLanes of them at once with a row to a lane: their transpose, and back.
 // Included once per instruction set, inside that set's namespace.
 #pragma once
-#include "rows.inl"
+#include "lanes.inl"
 
-// to[i][j] = from[j][i], kLanes by kLanes.
-FD_INLINE void transpose(const float* const* from, float* const* to) {
+// to[i][j] = from[j][i], kLanes by kLanes; top[j] becomes the largest of it and of from[j], here
+// where all are in registers. A NaN is passed over, and may hide others of its row.
+template <bool TOP = false>
+FD_INLINE void transpose(const float* const* from, float* const* to, float* top = nullptr) {
   static_assert(kLanes == 16, "the shuffles below are written for 16");
 #if defined(__AVX512F__)
   __m512 a[16], b[16];
@@ -24,19 +26,26 @@ FD_INLINE void transpose(const float* const* from, float* const* to) {
       a[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
     }
   }
+  __m512 most = TOP ? _mm512_loadu_ps(top) : _mm512_setzero_ps();
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {  // then the 128-bit lanes
     const __m512 even = _mm512_shuffle_f32x4(a[i], a[4 + i], 0x88);
     const __m512 odd = _mm512_shuffle_f32x4(a[i], a[4 + i], 0xdd);
     const __m512 even2 = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0x88);
     const __m512 odd2 = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0xdd);
-    _mm512_storeu_ps(to[i], _mm512_shuffle_f32x4(even, even2, 0x88));
-    _mm512_storeu_ps(to[4 + i], _mm512_shuffle_f32x4(odd, odd2, 0x88));
-    _mm512_storeu_ps(to[8 + i], _mm512_shuffle_f32x4(even, even2, 0xdd));
-    _mm512_storeu_ps(to[12 + i], _mm512_shuffle_f32x4(odd, odd2, 0xdd));
+    const __m512 out[4] = {
+        _mm512_shuffle_f32x4(even, even2, 0x88), _mm512_shuffle_f32x4(odd, odd2, 0x88),
+        _mm512_shuffle_f32x4(even, even2, 0xdd), _mm512_shuffle_f32x4(odd, odd2, 0xdd)};
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) _mm512_storeu_ps(to[4 * k + i], out[k]);
+    if (TOP)
+      most = _mm512_max_ps(
+          _mm512_max_ps(_mm512_max_ps(out[0], out[1]), _mm512_max_ps(out[2], out[3])), most);
   }
+  if (TOP) _mm512_storeu_ps(top, most);
 #elif defined(__AVX2__)
   for (int r = 0; r < 16; r += 8) {
+    __m256 most = TOP ? _mm256_loadu_ps(top + r) : _mm256_setzero_ps();
     for (int c = 0; c < 16; c += 8) {
       __m256 a[8], b[8];
 #pragma GCC unroll 8
@@ -57,14 +66,22 @@ FD_INLINE void transpose(const float* const* from, float* const* to) {
       }
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
-        _mm256_storeu_ps(to[c + i] + r, _mm256_permute2f128_ps(a[i], a[4 + i], 0x20));
-        _mm256_storeu_ps(to[c + 4 + i] + r, _mm256_permute2f128_ps(a[i], a[4 + i], 0x31));
+        const __m256 low = _mm256_permute2f128_ps(a[i], a[4 + i], 0x20);
+        const __m256 high = _mm256_permute2f128_ps(a[i], a[4 + i], 0x31);
+        _mm256_storeu_ps(to[c + i] + r, low);
+        _mm256_storeu_ps(to[c + 4 + i] + r, high);
+        if (TOP) most = _mm256_max_ps(_mm256_max_ps(low, high), most);
       }
     }
+    if (TOP) _mm256_storeu_ps(top + r, most);
   }
 #else
-  for (int i = 0; i < kLanes; i++)
-    for (int j = 0; j < kLanes; j++) to[i][j] = from[j][i];
+  for (int i = 0; i < kLanes; i++) {
+    for (int j = 0; j < kLanes; j++) {
+      to[i][j] = from[j][i];
+      if (TOP) top[j] = larger(from[j][i], top[j]);
+    }
+  }
 #endif
 }
 
@@ -73,9 +90,14 @@ FD_INLINE int64_t next_columns(int64_t first, int64_t cols) {
   return first + kLanes < cols && first + 2 * kLanes > cols ? cols - kLanes : first + kLanes;
 }
 
-// x[i * kLanes + r] = element i of row r, for i < cols.
-static void load_tile(Type type, const char* const* rows, int64_t cols, float* x) {
-  alignas(64) float wide[kLanes][kLanes] = {}, beyond[kLanes];
+// x[i * kLanes + r] = element i of row r, for i < cols; with TOP the largest of each row.
+template <bool TOP>
+static Lanes<float> load_tile(Type type, const char* const* rows, int64_t cols, float* x) {
+  alignas(64) float wide[kLanes][kLanes], beyond[kLanes];
+  Lanes<float> top;
+  top.fill(-__builtin_inff());
+  for (auto& row : wide)
+    for (float& v : row) v = -__builtin_inff();  // beyond the last class; not a maximum
   const float* from[kLanes];
   float* to[kLanes];
   const int64_t width = cols < kLanes ? cols : kLanes;
@@ -96,8 +118,9 @@ static void load_tile(Type type, const char* const* rows, int64_t cols, float* x
       }
     }
     for (int i = 0; i < kLanes; i++) to[i] = i < width ? x + (first + i) * kLanes : beyond;
-    transpose(from, to);
+    transpose<TOP>(from, to, top.at);
   }
+  return top;
 }
 
 // Element i of row r = x[i * kLanes + r], for i < cols and r < count, rounded to nearest.
