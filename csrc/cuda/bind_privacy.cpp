@@ -11,12 +11,22 @@ namespace py = pybind11;
 namespace fd {
 namespace {
 
-void square(uintptr_t x, int type, int64_t count, int64_t size, int64_t step, double unit,
-            int64_t chunk, uintptr_t squares, int64_t square_step, int64_t first,
-            uintptr_t stream) {
-  const SquareArgs args{{pointer<void>(x), static_cast<Element>(type), count, size, step},
+Tensors tensors(uintptr_t table, uintptr_t of_chunk, int64_t chunks, int64_t chunk, int type,
+                int64_t samples) {
+  return {pointer<Entry>(table),
+          pointer<int64_t>(of_chunk),
+          chunks,
+          chunk,
+          static_cast<Element>(type),
+          samples};
+}
+
+void square(uintptr_t table, uintptr_t of_chunk, int64_t chunks, int64_t chunk, int type,
+            int64_t samples, int64_t most, double unit, uintptr_t squares, int64_t square_step,
+            int64_t first, uintptr_t stream) {
+  const SquareArgs args{tensors(table, of_chunk, chunks, chunk, type, samples),
+                        most,
                         unit,
-                        chunk,
                         pointer<double>(squares),
                         square_step,
                         first};
@@ -28,14 +38,13 @@ void square(uintptr_t x, int type, int64_t count, int64_t size, int64_t step, do
   check("clip_and_noise", status);
 }
 
-void release(uintptr_t x, int type, int64_t count, int64_t size, int64_t step, uintptr_t factors,
-             uintptr_t out, bool out_double, int generator, const std::array<uint32_t, 8>& key,
-             const std::array<uint32_t, 3>& counter, double fine, double grid, double scale,
-             double inverse, uintptr_t stream) {
+void release(uintptr_t table, uintptr_t of_chunk, int64_t chunks, int64_t chunk, int type,
+             int64_t samples, uintptr_t factors, bool out_double, int generator,
+             const std::array<uint32_t, 8>& key, const std::array<uint32_t, 2>& counter,
+             double fine, double grid, double scale, double inverse, uintptr_t stream) {
   ReleaseArgs args{};
-  args.of = {pointer<void>(x), static_cast<Element>(type), count, size, step};
+  args.of = tensors(table, of_chunk, chunks, chunk, type, samples);
   args.factors = pointer<double>(factors);
-  args.out = pointer<void>(out);
   args.out_double = out_double;
   args.generator = generator;
   std::copy(key.begin(), key.end(), args.key);
@@ -80,13 +89,13 @@ void sum_rows(uintptr_t table, int type, int64_t teachers, int64_t rows, int64_t
 }  // namespace
 
 void bind_privacy(py::module_& m) {
-  m.def("privacy_square", &square, py::arg("x"), py::arg("type"), py::arg("count"), py::arg("size"),
-        py::arg("step"), py::arg("unit"), py::arg("chunk"), py::arg("squares"),
-        py::arg("square_step"), py::arg("first"), py::arg("stream"));
-  m.def("privacy_release", &release, py::arg("x"), py::arg("type"), py::arg("count"),
-        py::arg("size"), py::arg("step"), py::arg("factors"), py::arg("out"), py::arg("out_double"),
-        py::arg("generator"), py::arg("key"), py::arg("counter"), py::arg("fine"), py::arg("grid"),
-        py::arg("scale"), py::arg("inverse"), py::arg("stream"));
+  m.def("privacy_square", &square, py::arg("table"), py::arg("of_chunk"), py::arg("chunks"),
+        py::arg("chunk"), py::arg("type"), py::arg("samples"), py::arg("most"), py::arg("unit"),
+        py::arg("squares"), py::arg("square_step"), py::arg("first"), py::arg("stream"));
+  m.def("privacy_release", &release, py::arg("table"), py::arg("of_chunk"), py::arg("chunks"),
+        py::arg("chunk"), py::arg("type"), py::arg("samples"), py::arg("factors"),
+        py::arg("out_double"), py::arg("generator"), py::arg("key"), py::arg("counter"),
+        py::arg("fine"), py::arg("grid"), py::arg("scale"), py::arg("inverse"), py::arg("stream"));
   m.def("privacy_sum_rows", &sum_rows, py::arg("table"), py::arg("type"), py::arg("teachers"),
         py::arg("rows"), py::arg("cols"), py::arg("step"), py::arg("sums"), py::arg("highest"),
         py::arg("factors"), py::arg("inverse_temperature"), py::arg("exponentials"),

@@ -29,7 +29,7 @@ int square_threads(int64_t size) {
 
 template <class E, class Out = float>
 int release(const ReleaseParams& a, int generator, void* stream) {
-  const int64_t tiles = (a.size + kTile - 1) / kTile;
+  const int64_t tiles = a.of.chunks;
   switch (static_cast<Generator>(generator)) {
     case Generator::none:
       return launch(privacy_release<E, Out, Generator::none>, a, tiles, kReleaseThreads, stream);
@@ -82,15 +82,11 @@ int sum_rows(const RowSumArgs& args, void* stream) {
 
 int fd_privacy_square(const fd::SquareArgs* args, void* stream) {
   using namespace fd;
-  const Samples& x = args->of;
-  const int64_t chunks = (x.size + args->chunk - 1) / args->chunk;
-  const SquareParams a{x.data,     x.size,     x.step,        args->chunk,
-                       chunks,     args->unit, args->squares, args->square_step,
-                       args->first};
-  const int64_t blocks = x.count * chunks;
+  const SquareParams a{args->of, args->unit, args->squares, args->square_step, args->first};
+  const int64_t blocks = a.of.samples * a.of.chunks;
   if (blocks == 0) return cudaSuccess;
-  const int threads = square_threads(x.size);
-  switch (x.type) {
+  const int threads = square_threads(args->most);
+  switch (a.of.type) {
     case Element::f32:
       return launch(privacy_square<float>, a, blocks, threads, stream);
     case Element::f64:
@@ -105,13 +101,12 @@ int fd_privacy_square(const fd::SquareArgs* args, void* stream) {
 
 int fd_privacy_release(const fd::ReleaseArgs* args, void* stream) {
   using namespace fd;
-  const Samples& x = args->of;
-  ReleaseParams a{x.data, x.size,     x.count,    x.step,      args->factors, args->out,
-                  {},     args->fine, args->grid, args->scale, args->inverse};
+  if (args->of.chunk != kTile) return cudaErrorInvalidValue;
+  ReleaseParams a{args->of, args->factors, {}, args->fine, args->grid, args->scale, args->inverse};
   std::copy_n(args->key, 8, a.draws.key);
-  std::copy_n(args->counter, 3, a.draws.counter);
-  if (a.size == 0) return cudaSuccess;
-  switch (x.type) {
+  std::copy_n(args->counter, 2, a.draws.counter + 1);
+  if (a.of.chunks == 0) return cudaSuccess;
+  switch (a.of.type) {
     case Element::f32:
       return release<float>(a, args->generator, stream);
     case Element::f64:

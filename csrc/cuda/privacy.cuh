@@ -7,6 +7,7 @@
 
 #include "group.cuh"
 #include "noise.cuh"
+#include "privacy.h"
 
 namespace fd {
 
@@ -17,18 +18,15 @@ constexpr int kTile = kReleaseThreads * kEach;  // of a block: whole groups of 1
 constexpr int kUnroll = 4;                      // samples that are read at once
 
 struct SquareParams {
-  const void* x;
-  int64_t size, x_step, chunk, chunks;
+  Tensors of;
   double unit;
   double* squares;
   int64_t square_step, first;
 };
 
 struct ReleaseParams {
-  const void* x;
-  int64_t size, samples, x_step;
+  Tensors of;
   const double* factors;
-  void* out;
   Draws draws;
   double fine, grid, scale, inverse;
 };
@@ -38,9 +36,9 @@ __device__ __forceinline__ double to_double(float x) { return x; }
 __device__ __forceinline__ double to_double(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ double to_double(__half x) { return __half2float(x); }
 
-template <class E, class Params>
-__device__ __forceinline__ const E* row_of(const Params& a, int64_t sample) {
-  return static_cast<const E*>(a.x) + sample * a.x_step;
+template <class E>
+__device__ __forceinline__ const E* row_of(const Entry& p, int64_t sample) {
+  return static_cast<const E*>(p.x) + sample * p.step;
 }
 
 __device__ __forceinline__ double* square_of(const SquareParams& a, int64_t sample) {
@@ -94,9 +92,10 @@ struct Square {
 // The sum of (x unit)^2 over one chunk of one sample.
 template <class E>
 __global__ void __launch_bounds__(kSquareThreads) privacy_square(const SquareParams a) {
-  const int64_t sample = blockIdx.x / a.chunks, chunk = blockIdx.x % a.chunks;
-  const E* row = row_of<E>(a, sample);
-  const int64_t begin = chunk * a.chunk, end = min(begin + a.chunk, a.size);
+  const int64_t sample = blockIdx.x / a.of.chunks, chunk = blockIdx.x % a.of.chunks;
+  const Entry p = a.of.table[a.of.of_chunk[chunk]];
+  const E* row = row_of<E>(p, sample);
+  const int64_t begin = (chunk - p.first) * a.of.chunk, end = min(begin + a.of.chunk, p.size);
   Square sum{0};
   for (int64_t first = begin + threadIdx.x * kEach; first < end; first += blockDim.x * kEach) {
     E x[kEach];
@@ -137,19 +136,25 @@ __device__ __forceinline__ void make_noise(const Draws& draws, int64_t tile, dou
 template <class E, class Out, Generator G>
 __global__ void __launch_bounds__(kReleaseThreads) privacy_release(const ReleaseParams a) {
   FD_SHARED(double, noise, kTile);
-  const int64_t tile = blockIdx.x, first = tile * kTile + threadIdx.x * kEach;
-  if constexpr (G != Generator::none) make_noise<G>(a.draws, tile, noise);
+  const Entry p = a.of.table[a.of.of_chunk[blockIdx.x]];
+  const int64_t tile = blockIdx.x - p.first, first = tile * kTile + threadIdx.x * kEach;
+  if constexpr (G != Generator::none) {
+    Draws draws = a.draws;
+    draws.counter[0] = static_cast<uint32_t>(p.counter);
+    make_noise<G>(draws, tile, noise);
+  }
 
   Real sum[kEach] = {};
-  for (int64_t at = 0; at < a.samples; at += kUnroll) {
+  const int64_t samples = a.of.samples;
+  for (int64_t at = 0; at < samples; at += kUnroll) {
     E x[kUnroll][kEach];
     double factors[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; u++) {
       const int64_t sample = at + u;
-      const bool there = sample < a.samples;
+      const bool there = sample < samples;
       factors[u] = there ? __ldg(a.factors + sample) : 0.0;
-      load(row_of<E>(a, there ? sample : 0), first, there ? a.size : 0, x[u]);
+      load(row_of<E>(p, there ? sample : 0), first, there ? p.size : 0, x[u]);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; u++) {
@@ -171,7 +176,7 @@ __global__ void __launch_bounds__(kReleaseThreads) privacy_release(const Release
     }
     y[i] = static_cast<Out>((v * Real{a.inverse}).v);
   }
-  store(static_cast<Out*>(a.out), first, a.size, y);
+  store(static_cast<Out*>(p.out), first, p.size, y);
 }
 
 }  // namespace fd

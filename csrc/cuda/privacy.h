@@ -7,32 +7,43 @@ namespace fd {
 
 enum class Element : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
-struct Samples {  // of one tensor
-  const void* data;
-  Element type;
-  int64_t count, size;
-  int64_t step;  // elements from one sample to the next
+// One tensor, [samples, size], and its result. Fields of 8 bytes: gpu.Tensors.table makes them.
+struct Entry {
+  const void* x;
+  int64_t size;
+  int64_t step;      // elements from one sample to the next
+  int64_t first;     // of all the launch's chunks
+  void* out;         // [size]
+  uint64_t counter;  // word 1 of the counters of its noise
 };
 
-// squares[sample, first + c] = the sum of (x unit)^2 over elements [c chunk, (c + 1) chunk).
+// The tensors of one launch, in device memory, cut into chunks.
+struct Tensors {
+  const Entry* table;
+  const int64_t* of_chunk;  // [chunks]: which tensor each is of
+  int64_t chunks, chunk;    // their number, elements of one
+  Element type;
+  int64_t samples;
+};
+
+// squares[sample, first + c] = the sum of (x unit)^2 over chunk c of a sample, a multiple of 8.
 struct SquareArgs {
-  Samples of;
+  Tensors of;
+  int64_t most;  // elements of the largest tensor
   double unit;
-  int64_t chunk;  // a multiple of 8
   double* squares;
   int64_t square_step, first;
 };
 
-// out[e] = (sum over samples of x[e] factor, on grids, + noise[e]) inverse
+// out[e] = (sum over samples of x[e] factor, on grids, + noise[e]) inverse; by chunks of 1024.
 struct ReleaseArgs {
-  Samples of;
-  const double* factors;  // [count]; 0 leaves the sample out
-  void* out;              // [size]
-  bool out_double;        // of double; of float otherwise
+  Tensors of;
+  const double* factors;  // [samples]; 0 leaves the sample out
+  bool out_double;        // results of double; of float otherwise
   int generator;
-  uint32_t key[8], counter[3];
-  double fine, grid;  // 1.5 * 2^52 times the grids of a contribution and of the sum
-  double scale;       // standard deviation of the noise
+  uint32_t key[8], counter[2];  // words 2 and 3
+  double fine, grid;            // 1.5 * 2^52 times the grids of a contribution and of the sum
+  double scale;                 // standard deviation of the noise
   double inverse;
 };
 

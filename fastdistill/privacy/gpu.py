@@ -1,12 +1,14 @@
 """The passes of the GPU launchers over a backend's kernels. Nothing synchronises.
 
-Clipped gradients take two kernels, one launch each for a tensor. The second pass reads a sample's
-factor, not its norm, so that both backends share what lies between: the norms, in float64 and in a
-fixed order. A sum over teachers is made in float64, and then released as one tensor.
+Clipped gradients take two kernels, one launch each for all tensors of a kind where the backend can:
+models have hundreds of small ones, and a launch takes longer than each. The second pass reads a
+sample's factor, not its norm, so that both backends share what lies between: the norms, in float64
+and in a fixed order. A sum over teachers is made in float64, and then released as one tensor.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,13 +31,44 @@ _MAGIC = 1.5 * 2.0**52
 class Numbers(NamedTuple):
     """What the second pass is given beside tensors."""
 
-    kind: int
-    key: Tensor  # 8 words, on the CPU; a tensor, so that no traceback prints it
-    counter: tuple[int, int, int]  # of the parameter
+    bits: Source
     fine: float  # 1.5 2^52 times the grids
     grid: float
     scale: float
     inverse: float
+
+
+class Tensors(NamedTuple):
+    """Those of one kind: of one element type, all or none of whose rows begin on 16 bytes."""
+
+    x: list[Tensor]  # [samples, size] each, its rows dense
+    out: list[Tensor]  # [size] each
+    counters: list[int]  # word 1 of the counters of their noise
+    vector: int  # elements that may be read at once: 16 bytes, or one
+
+    def columns(self, chunk: int) -> list[int]:
+        """How many chunks each tensor has."""
+        return [-(-x.shape[1] // chunk) for x in self.x]
+
+    def table(self, chunk: int) -> tuple[Tensor, Tensor]:
+        """(int64 [tensors, FIELDS], int64 [chunks]: the tensor of each), on their device.
+
+        The fields are the address of x, elements of a row, elements from one row to the next, the
+        first chunk, the address of out, word 1 of the counter.
+        """
+        count = self.columns(chunk)
+        first = [0, *itertools.accumulate(count)]
+        fields = [
+            (x.data_ptr(), x.shape[1], x.stride(0), at, y.data_ptr(), word)
+            for x, at, y, word in zip(self.x, first, self.out, self.counters, strict=False)
+        ]
+        of_chunk = torch.repeat_interleave(torch.tensor(count))
+        both = torch.cat([torch.tensor(fields).flatten(), of_chunk])
+        both = on_device(both, [*self.x, *self.out])
+        return both, both[len(self.x) * FIELDS :]
+
+
+FIELDS = 6
 
 
 class Rows(NamedTuple):
@@ -58,13 +91,13 @@ class Rows(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """A backend's kernels; x is [samples, size], its rows dense."""
+    """A backend's kernels."""
 
     chunk: int  # elements of a partial sum
-    square: Callable[[Tensor, float, Tensor, int, int, Tensor], None]
-    """(x, unit, squares [samples, all chunks], the first of x's columns, their number, out)"""
-    release: Callable[[Tensor, Tensor, Tensor, Numbers], None]
-    """(x, factors [samples], out [size], numbers)"""
+    square: Callable[[Tensors, float, Tensor, int], None]
+    """(of, unit, squares [samples, all chunks], the first of their columns)"""
+    release: Callable[[Tensors, Tensor, Numbers], None]
+    """(of, factors [samples], numbers)"""
     sum_rows: Callable[[Rows], None]
 
 
@@ -74,13 +107,42 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
-def addresses(tensors: Sequence[Tensor]) -> Tensor:
-    """int64 [len(tensors)]: where they begin, on their device."""
-    table = torch.tensor([x.data_ptr() for x in tensors], dtype=torch.int64)
+def vector(x: Tensor, *others: Tensor) -> int:
+    """Elements of a vector: 16 bytes or more where all rows begin and end on such boundaries."""
+    vec = 16 // min(y.element_size() for y in (x, *others))
+    whole = x.shape[1] % vec == 0 and (x.stride(0) % vec == 0 or x.shape[0] <= 1)
+    return vec if whole and all(y.data_ptr() % 16 == 0 for y in (x, *others)) else 1
+
+
+def alike(
+    rows: Sequence[Tensor], out: Sequence[Tensor], bits: Source, purpose: int
+) -> list[Tensors]:
+    """Tensors [samples, size] and their results [size], those of one kind together; not the empty
+    ones. The index of a tensor is in the counter of its noise.
+    """
+    found: dict[Any, Tensors] = {}
+    for parameter, (x, y) in enumerate(zip(rows, out, strict=True)):
+        if y.numel():
+            vec = vector(x, y)
+            of = found.setdefault((x.dtype, y.dtype, vec), Tensors([], [], [], vec))
+            of.x.append(x)
+            of.out.append(y)
+            of.counters.append(counter(bits, purpose, parameter)[0])
+    return list(found.values())
+
+
+def on_device(table: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """A table with addresses of the tensors, copied to their device; nothing waits for it."""
     device = tensors[0].device
     if device.type == "cpu":
         return table
     return table.pin_memory().to(device, non_blocking=True)  # from other memory it would wait
+
+
+def addresses(tensors: Sequence[Tensor]) -> Tensor:
+    """int64 [len(tensors)]: where they begin, on their device."""
+    table = torch.tensor([x.data_ptr() for x in tensors], dtype=torch.int64)
+    return on_device(table, tensors)
 
 
 def clip_and_noise(
@@ -98,22 +160,19 @@ def clip_and_noise(
 ) -> list[Tensor]:
     """The op `fastdistill::clip_and_noise` by two kernels."""
     released = ops.allocate(grad_samples)
-    rows = [_rows(x) for x in grad_samples]
-    samples = rows[0].shape[0]
-    chunks = [-(-x.shape[1] // kernels.chunk) for x in rows]
-    squares = torch.empty((samples, sum(chunks)), dtype=torch.float64, device=rows[0].device)
-    first = 0
-    for x, n, y in zip(rows, chunks, released, strict=True):
-        if samples and n:
-            kernels.square(x, unit, squares, first, n, y)
-        first += n
+    rows, out = [_rows(x) for x in grad_samples], [y.view(-1) for y in released]
+    bits = Source(kind, key, stream)
+    kinds = alike(rows, out, bits, GRADIENT_NOISE)
+    samples, columns = len(rows[0]), [sum(of.columns(kernels.chunk)) for of in kinds]
+    squares = torch.empty((samples, sum(columns)), dtype=torch.float64, device=rows[0].device)
+    if samples:
+        for of, first in zip(kinds, [0, *itertools.accumulate(columns)], strict=False):
+            kernels.square(of, unit, squares, first)
     norm = squares.sum(1).sqrt() / unit
     factors = torch.where(norm.isfinite(), (clip / (norm + EPS)).clamp(max=1), 0.0)
-    numbers = Numbers(kind, key, (0, 0, 0), _MAGIC * fine, _MAGIC * grid, scale, inverse)
-    for parameter, (x, y) in enumerate(zip(rows, released, strict=True)):
-        if y.numel():
-            words = counter(Source(kind, key, stream), GRADIENT_NOISE, parameter)
-            kernels.release(x, factors, y.view(-1), numbers._replace(counter=words))
+    numbers = Numbers(bits, _MAGIC * fine, _MAGIC * grid, scale, inverse)
+    for of in kinds:
+        kernels.release(of, factors, numbers)
     return released
 
 
@@ -128,16 +187,20 @@ def add_noise_(
     stream: int,
 ) -> None:
     """The op `fastdistill::add_noise_`: each sum is the one sample of its tensor."""
-    one = torch.ones(1, dtype=torch.float64, device=sums[0].device) if sums else None
-    numbers = Numbers(kind, key, (0, 0, 0), 0.0, _MAGIC * grid, scale, inverse)
-    for parameter, x in enumerate(sums):
-        if one is not None and x.numel():
-            words = counter(Source(kind, key, stream), GRADIENT_NOISE, parameter)
-            dense = x.contiguous()
-            flat = dense.view(1, -1)
-            kernels.release(flat, one, flat[0], numbers._replace(counter=words))
-            if dense is not x:
-                x.copy_(dense)
+    dense = [x.contiguous() for x in sums]
+    flat = [x.view(1, -1) for x in dense]
+    bits = Source(kind, key, stream)
+    numbers = Numbers(bits, 0.0, _MAGIC * grid, scale, inverse)
+    for of in alike(flat, [x[0] for x in flat], bits, GRADIENT_NOISE):
+        kernels.release(of, _one(of), numbers)
+    for x, y in zip(sums, dense, strict=True):
+        if x is not y:
+            x.copy_(y)
+
+
+def _one(of: Tensors) -> Tensor:
+    """The factor of what is no sample, but a sum."""
+    return torch.ones(1, dtype=torch.float64, device=of.x[0].device)
 
 
 def noisy_softmax_sum(
@@ -170,19 +233,19 @@ def _sum_rows(
     out = ops.allocate_rows(teachers)
     if out.numel() == 0:
         return out
-    alike = _of_one_stride(teachers)
+    rows = _of_one_stride(teachers)
     sums = torch.empty(out.shape, dtype=torch.float64, device=out.device)
     exponentials = _MAGIC * EXPONENTIALS if grid else 0.0
     kernels.sum_rows(
         Rows(
-            alike, addresses(alike), sums,
+            rows, addresses(rows), sums,
             inverse_temperature, exponentials, clip, unit, _MAGIC * fine,
         )
     )  # fmt: skip
-    words = counter(Source(kind, key, stream), purpose)
-    numbers = Numbers(kind, key, words, 0.0, _MAGIC * grid, scale, inverse)
-    one = torch.ones(1, dtype=torch.float64, device=out.device)
-    kernels.release(sums.view(1, -1), one, out.view(-1), numbers)
+    bits = Source(kind, key, stream)
+    numbers = Numbers(bits, 0.0, _MAGIC * grid, scale, inverse)
+    for of in alike([sums.view(1, -1)], [out.view(-1)], bits, purpose):
+        kernels.release(of, _one(of), numbers)
     return out
 
 

@@ -10,46 +10,52 @@ from torch import Tensor
 
 from fastdistill._native import launch_cuda as _launch
 from fastdistill.privacy import gpu
+from fastdistill.privacy.source import counter
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _CHUNK = 8192  # elements of a partial sum: four rounds of a block's 256 threads
+_TILE = 1024  # elements of a block of the release
 _NARROW = 256  # elements of a row up to which it is read once
 
 
-def _samples(x: Tensor) -> dict[str, int]:
-    return {
-        "x": x.data_ptr(),
-        "type": _TYPES[x.dtype],
-        "count": x.shape[0],
-        "size": x.shape[1],
-        "step": x.stride(0),
-    }
-
-
-def _square(x: Tensor, unit: float, squares: Tensor, first: int, chunks: int, out: Tensor) -> None:
+def _launch_for(name: str, of: gpu.Tensors, chunk: int, **arguments: Any) -> None:
+    table, of_chunk = of.table(chunk)  # held here until the launch
     _launch(
+        name,
+        table.device,
+        table=table.data_ptr(),
+        of_chunk=of_chunk.data_ptr(),
+        chunks=len(of_chunk),
+        chunk=chunk,
+        type=_TYPES[of.x[0].dtype],
+        samples=of.x[0].shape[0],
+        **arguments,
+    )
+
+
+def _square(of: gpu.Tensors, unit: float, squares: Tensor, first: int) -> None:
+    _launch_for(
         "privacy_square",
-        x.device,
-        **_samples(x),
+        of,
+        _CHUNK,
+        most=max(x.shape[1] for x in of.x),
         unit=unit,
-        chunk=_CHUNK,
         squares=squares.data_ptr(),
         square_step=squares.shape[1],
         first=first,
     )
 
 
-def _release(x: Tensor, factors: Tensor, out: Tensor, numbers: gpu.Numbers) -> None:
-    _launch(
+def _release(of: gpu.Tensors, factors: Tensor, numbers: gpu.Numbers) -> None:
+    _launch_for(
         "privacy_release",
-        x.device,
-        **_samples(x),
+        of,
+        _TILE,
         factors=factors.data_ptr(),
-        out=out.data_ptr(),
-        out_double=out.dtype is torch.float64,
-        generator=numbers.kind,
-        key=numbers.key.tolist(),
-        counter=numbers.counter,
+        out_double=of.out[0].dtype is torch.float64,
+        generator=numbers.bits.kind,
+        key=numbers.bits.key.tolist(),
+        counter=counter(numbers.bits, 0)[1:],  # each tensor has its own first word
         fine=numbers.fine,
         grid=numbers.grid,
         scale=numbers.scale,

@@ -34,7 +34,7 @@ from fastdistill._triton import (
 )
 from fastdistill.privacy import gpu, reference
 from fastdistill.privacy.mechanism import EPS
-from fastdistill.privacy.source import CHACHA20, PHILOX
+from fastdistill.privacy.source import CHACHA20, PHILOX, counter
 
 _LOG, _COS = tl.constexpr(reference.LOG), tl.constexpr(reference.COS)
 _SIN = tl.constexpr(reference.SIN)
@@ -403,40 +403,40 @@ def _options(device: torch.device, fused: bool, registers: int | None = None) ->
     return options if registers is None else {**options, "maxnreg": registers}
 
 
-def _vector(x: Tensor, *others: Tensor) -> int:
-    """Elements of a vector: 16 bytes or more where all rows begin and end on such boundaries."""
-    vec = 16 // min(y.element_size() for y in (x, *others))
-    whole = x.shape[1] % vec == 0 and (x.stride(0) % vec == 0 or x.shape[0] <= 1)
-    return vec if whole and all(y.data_ptr() % 16 == 0 for y in (x, *others)) else 1
+# One launch for a tensor: triton-viz proves that the release stays in bounds, and it cannot follow
+# addresses that are loaded from a table.
 
 
-def _square(x: Tensor, unit: float, squares: Tensor, first: int, chunks: int, out: Tensor) -> None:
-    vec = _vector(x, out)
-    with torch.cuda.device_of(x):
-        _square_kernel[(x.shape[0] * chunks,)](
-            x, squares, x.shape[1], x.stride(0), chunks, squares.shape[1], first, unit,
-            STEPS=_SQUARE_STEPS, VEC=vec, LANES=_SQUARE_BLOCK // vec,
-            **_options(x.device, True),
-        )  # fmt: skip
+def _square(of: gpu.Tensors, unit: float, squares: Tensor, first: int) -> None:
+    lanes = _SQUARE_BLOCK // of.vector
+    with torch.cuda.device_of(squares):
+        for x, chunks in zip(of.x, of.columns(_SQUARE_BLOCK * _SQUARE_STEPS), strict=True):
+            _square_kernel[(x.shape[0] * chunks,)](
+                x, squares, x.shape[1], x.stride(0), chunks, squares.shape[1], first, unit,
+                STEPS=_SQUARE_STEPS, VEC=of.vector, LANES=lanes, **_options(x.device, True),
+            )  # fmt: skip
+            first += chunks
 
 
-def _release(x: Tensor, factors: Tensor, out: Tensor, numbers: gpu.Numbers) -> None:
-    vec = _vector(x, out)
-    with torch.cuda.device_of(x):
-        _release_kernel[(triton.cdiv(x.shape[1], _RELEASE_BLOCK),)](
-            x, factors, out, x.shape[1], x.shape[0], x.stride(0),
-            *numbers.key.tolist(), *numbers.counter,
-            numbers.fine, numbers.grid, numbers.scale, numbers.inverse,
-            KIND=numbers.kind, EMPTY=x.shape[0] == 0,
-            UNROLL=_UNROLL, VEC=vec, LANES=_RELEASE_BLOCK // vec,
-            # For noise alone ptxas (of Triton 3.9) spills for the sake of 72 registers.
-            **_options(x.device, False, None if x.shape[0] else 96),
-        )  # fmt: skip
+def _release(of: gpu.Tensors, factors: Tensor, numbers: gpu.Numbers) -> None:
+    key, empty = numbers.bits.key.tolist(), len(factors) == 0
+    _, low, high = counter(numbers.bits, 0)  # each tensor has its own first word
+    with torch.cuda.device_of(factors):
+        for x, out, word in zip(of.x, of.out, of.counters, strict=True):
+            _release_kernel[(triton.cdiv(x.shape[1], _RELEASE_BLOCK),)](
+                x, factors, out, x.shape[1], len(factors), x.stride(0),
+                *key, word, low, high,
+                numbers.fine, numbers.grid, numbers.scale, numbers.inverse,
+                KIND=numbers.bits.kind, EMPTY=empty,
+                UNROLL=_UNROLL, VEC=of.vector, LANES=_RELEASE_BLOCK // of.vector,
+                # For noise alone ptxas (of Triton 3.9) spills for the sake of 72 registers.
+                **_options(x.device, False, 96 if empty else None),
+            )  # fmt: skip
 
 
 def _sum_rows(of: gpu.Rows) -> None:
     x, cols = of.teachers[0], of.sums.shape[1]
-    vec = _vector(*of.teachers)
+    vec = gpu.vector(*of.teachers)
     sizes = (cols, len(of.teachers), x.stride(0))
     numbers = (of.inverse_temperature, of.exponentials, of.clip, of.unit, of.fine)
     kind = {"ELEMENT": _ELEMENTS[x.dtype], "SOFTMAX": of.inverse_temperature != 0, "VEC": vec}
@@ -451,15 +451,14 @@ def _sum_rows(of: gpu.Rows) -> None:
             )  # fmt: skip
             return
         highest, factors = of.scratch()
-        options = _options(x.device, False)
         chunks, lanes = triton.cdiv(cols, _ROW_BLOCK), _ROW_BLOCK // vec
         _row_factor_kernel[(factors.numel(),)](
             of.table, highest, factors, *sizes, *numbers[:4],
-            **kind, LANES=lanes, **options,
+            **kind, LANES=lanes, **_options(x.device, False, 96),  # of Triton 3.6, 64
         )  # fmt: skip
         _row_sum_kernel[(len(of.sums) * chunks,)](
             of.table, highest, factors, of.sums, *sizes, chunks, *numbers[:2], of.fine,
-            **kind, UNROLL=_UNROLL, LANES=lanes, **options,
+            **kind, UNROLL=_UNROLL, LANES=lanes, **_options(x.device, False),
         )  # fmt: skip
 
 

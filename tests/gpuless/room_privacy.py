@@ -266,7 +266,7 @@ HARMLESS_CUDA = {
     "mask loosened: privacy.cuh: for (int64_t first = begin + threadIdx.x * kEach; first < end; "
     "first += blockDim.x * kEach) {":
         _NOTHING_THERE,
-    "mask loosened: privacy.cuh: for (int64_t at = 0; at < a.samples; at += kUnroll) {":
+    "mask loosened: privacy.cuh: for (int64_t at = 0; at < samples; at += kUnroll) {":
         _NOTHING_THERE,
     "mask loosened: row_sums.cuh: for (int64_t first = threadIdx.x * kEach; first < a.cols; "
     "first += blockDim.x * kEach) {":

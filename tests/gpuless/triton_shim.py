@@ -6,7 +6,7 @@
 - `tl.dot` multiplies bfloat16's raw bits: here it widens its operands.
 - An access outside every tensor of the launch is silent there, and so is a false promise of
   alignment (`tl.multiple_of`): both raise. Tensors whose addresses are in a table that the launch
-  is given (fastdistill.privacy.gpu.addresses) are of the launch.
+  is given (fastdistill.privacy.gpu.on_device) are of the launch.
 - Each call of one jit function by another patches all of triton.language again, though the launch
   has done so: 3/4 of the time of a kernel made of functions.
 
@@ -145,11 +145,11 @@ def _promise(self: Any, key: str, value: Any) -> None:
     self.attr[key] = value
 
 
-_addresses = gpu.addresses
+_on_device = gpu.on_device
 
 
-def _remembered(tensors: Sequence[Tensor]) -> Tensor:
-    table = _addresses(tensors)
+def _remembered(table: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    table = _on_device(table, tensors)
     table.addressed = tensors  # type: ignore[attr-defined]
     return table
 
@@ -169,7 +169,7 @@ def install() -> None:
     """Patch the interpreter."""
     interpreter.InterpretedFunction.__call__ = _call
     interpreter.InterpretedFunction.run = _run
-    gpu.addresses = _remembered
+    gpu.on_device = _remembered
     InterpreterBuilder.create_masked_load = _masked_load
     InterpreterBuilder.create_masked_store = _masked_store
     TensorHandle.set_attr = _promise

@@ -47,6 +47,24 @@ double normal(const fd::Draws& d, int64_t e) {
   return std::sqrt(-2 * std::log(u)) * (negative ? -value : value);
 }
 
+// A launch of two tensors, cut into chunks: a small one, with none of its own memory but `small`
+// elements of the other's, and the one that is looked at.
+struct Two {
+  fd::Entry entries[2];
+  std::vector<int64_t> of_chunk;
+
+  Two(fd::Entry small, fd::Entry large, int64_t chunk) : entries{small, large} {
+    for (int t = 0; t < 2; t++) {
+      entries[t].first = static_cast<int64_t>(of_chunk.size());
+      for (int64_t at = 0; at < entries[t].size; at += chunk) of_chunk.push_back(t);
+    }
+  }
+  fd::Tensors of(int64_t chunk, int64_t samples) const {
+    const int64_t chunks = static_cast<int64_t>(of_chunk.size());
+    return {entries, of_chunk.data(), chunks, chunk, fd::Element::f32, samples};
+  }
+};
+
 // `count` samples of `size` elements, `step` apart; sample 1 is left out, and is NaN.
 template <class E, fd::Generator G, class Out = float>
 void release(const char* what, int count, int64_t size, int64_t step, int64_t offset,
@@ -59,32 +77,38 @@ void release(const char* what, int count, int64_t size, int64_t step, int64_t of
   }
   Buffer<double> factors(static_cast<size_t>(count));
   for (int s = 0; s < count; s++) factors.data[s] = s == 1 ? 0.0 : 0.3 + 0.1 * s;
-  Buffer<Out> out(static_cast<size_t>(size + out_offset));
+  Buffer<Out> out(static_cast<size_t>(size + out_offset)), small(3);
+  const E* data = x.data.get() + offset;
+  const uint64_t word = draws().counter[0];
+  const Two two({data, 3, step, 0, small.data.get(), word + 256},
+                {data, size, step, 0, out.data.get() + out_offset, word}, fd::kTile);
   fd::ReleaseParams a{};
-  a.x = x.data.get() + offset;
-  a.size = size;
-  a.samples = count;
-  a.x_step = step;
+  a.of = two.of(fd::kTile, count);
   a.factors = factors.data.get();
-  a.out = out.data.get() + out_offset;
   a.draws = draws();
+  a.draws.counter[0] = 0;  // each tensor has its own
   a.fine = kMagic * kFine;
   a.grid = kMagic * kGrid;
   a.scale = 3;
   a.inverse = 0.25;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>((size + fd::kTile - 1) / fd::kTile));
+  config.gridDim = dim3(static_cast<unsigned>(two.of_chunk.size()));
   config.blockDim = dim3(fd::kReleaseThreads);
   expect(what, cudaLaunchKernelEx(&config, fd::privacy_release<E, Out, G>, a), 0, 0);
-  for (int64_t e = 0; e < size; e++) {
+  const auto expected = [&](int64_t e, uint64_t counter) {
     double sum = 0;
     for (int s = 0; s < count; s++) {
       if (s != 1) sum += rounded(wide(x.data[offset + s * step + e]) * factors.data[s], kFine);
     }
     double want = rounded(sum, kGrid);
-    if constexpr (G != fd::Generator::none) want += rounded(normal<G>(a.draws, e) * 3, kGrid);
-    expect(what, wide(out.data[out_offset + e]), want * 0.25, 1e-7);
-  }
+    fd::Draws d = a.draws;
+    d.counter[0] = static_cast<uint32_t>(counter);
+    if constexpr (G != fd::Generator::none) want += rounded(normal<G>(d, e) * 3, kGrid);
+    return want * 0.25;
+  };
+  for (int64_t e = 0; e < size; e++)
+    expect(what, wide(out.data[out_offset + e]), expected(e, word), 1e-7);
+  for (int64_t e = 0; e < 3; e++) expect(what, wide(small.data[e]), expected(e, word + 256), 1e-7);
 }
 
 template <class E>
@@ -94,30 +118,29 @@ void square(const char* what, int count, int64_t size, int64_t step, int64_t off
   for (int s = 0; s < count; s++)
     for (int64_t e = 0; e < size; e++)
       x.data[offset + s * step + e] = static_cast<E>((rand() % 2001 - 1000) / 250.f);
-  const int64_t chunk = 1024, chunks = (size + chunk - 1) / chunk, all = chunks + 3;
+  const int64_t chunk = 1024, chunks = (size + chunk - 1) / chunk, all = chunks + 4;
   Buffer<double> squares(static_cast<size_t>(count * all - 1));  // the last column is another's
+  const E* data = x.data.get() + offset;
+  const Two two({data, 3, step, 0, nullptr, 0}, {data, size, step, 0, nullptr, 0}, chunk);
   fd::SquareParams a{};
-  a.x = x.data.get() + offset;
-  a.size = size;
-  a.x_step = step;
-  a.chunk = chunk;
-  a.chunks = chunks;
+  a.of = two.of(chunk, count);
   a.unit = 0.5;
   a.squares = squares.data.get();
   a.square_step = all;
   a.first = 2;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(count * chunks));
+  config.gridDim = dim3(static_cast<unsigned>(count * (chunks + 1)));
   config.blockDim = dim3(threads);
   expect(what, cudaLaunchKernelEx(&config, fd::privacy_square<E>, a), 0, 0);
   for (int s = 0; s < count; s++) {
-    for (int64_t c = 0; c < chunks; c++) {
+    for (int64_t c = -1; c < chunks; c++) {  // the first is the small tensor's
       double want = 0;
-      for (int64_t e = c * chunk; e < size && e < (c + 1) * chunk; e++) {
+      const int64_t end = c < 0 ? 3 : std::min(size, (c + 1) * chunk);
+      for (int64_t e = std::max(c, int64_t{0}) * chunk; e < end; e++) {
         const double v = wide(x.data[offset + s * step + e]) * 0.5;
         want += v * v;
       }
-      expect(what, squares.data[s * all + 2 + c], want, 1e-12);
+      expect(what, squares.data[s * all + 3 + c], want, 1e-12);
     }
     expect("beside", std::isnan(squares.data[s * all + 1]), 1, 0);
   }
@@ -183,10 +206,11 @@ void sum_rows(const char* what, int teachers, int64_t rows, int64_t cols, int64_
 void far_samples() {
   const int64_t far = int64_t{1} << 33, sample = 13;
   fd::SquareParams a{};
-  a.x = a.squares = reinterpret_cast<double*>(far);
-  a.x_step = a.square_step = far / 4 + 1;
+  fd::Entry p{};
+  p.x = a.squares = reinterpret_cast<double*>(far);
+  p.step = a.square_step = far / 4 + 1;
   const auto offset = [&](const void* p) { return reinterpret_cast<intptr_t>(p) - far; };
-  expect("far sample", offset(fd::row_of<float>(a, sample)) == sample * a.x_step * 4, 1, 0);
+  expect("far sample", offset(fd::row_of<float>(p, sample)) == sample * p.step * 4, 1, 0);
   expect("far square", offset(fd::square_of(a, sample)) == sample * a.square_step * 8, 1, 0);
   const uint64_t address = far;
   fd::RowParams b{};
