@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.privacy import ops
-from fastdistill.privacy.mechanism import EPS, EXPONENTIALS
+from fastdistill.privacy.mechanism import EPS, EXPONENTIALS, Mechanism
 from fastdistill.privacy.source import (
     ANSWER_NOISE,
     GRADIENT_NOISE,
@@ -36,6 +36,11 @@ class Numbers(NamedTuple):
     grid: float
     scale: float
     inverse: float
+
+    @staticmethod
+    def of(m: Mechanism, bits: Source) -> Numbers:
+        """Those of a mechanism."""
+        return Numbers(bits, _MAGIC * m.fine, _MAGIC * m.grid, m.scale, m.inverse)
 
 
 class Tensors(NamedTuple):
@@ -146,106 +151,77 @@ def addresses(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def clip_and_noise(
-    kernels: Kernels,
-    grad_samples: Sequence[Tensor],
-    clip: float,
-    unit: float,
-    fine: float,
-    grid: float,
-    scale: float,
-    inverse: float,
-    kind: int,
-    key: Tensor,
-    stream: int,
+    kernels: Kernels, grad_samples: Sequence[Tensor], m: Mechanism, bits: Source
 ) -> list[Tensor]:
     """The op `fastdistill::clip_and_noise` by two kernels."""
     released = ops.allocate(grad_samples)
     rows, out = [_rows(x) for x in grad_samples], [y.view(-1) for y in released]
-    bits = Source(kind, key, stream)
     kinds = alike(rows, out, bits, GRADIENT_NOISE)
     samples, columns = len(rows[0]), [sum(of.columns(kernels.chunk)) for of in kinds]
     squares = torch.empty((samples, sum(columns)), dtype=torch.float64, device=rows[0].device)
     if samples:
         for of, first in zip(kinds, [0, *itertools.accumulate(columns)], strict=False):
-            kernels.square(of, unit, squares, first)
-    norm = squares.sum(1).sqrt() / unit
-    factors = torch.where(norm.isfinite(), (clip / (norm + EPS)).clamp(max=1), 0.0)
-    numbers = Numbers(bits, _MAGIC * fine, _MAGIC * grid, scale, inverse)
+            kernels.square(of, m.unit, squares, first)
+    norm = squares.sum(1).sqrt() / m.unit
+    factors = torch.where(norm.isfinite(), (m.clip / (norm + EPS)).clamp(max=1), 0.0)
     for of in kinds:
-        kernels.release(of, factors, numbers)
+        kernels.release(of, factors, Numbers.of(m, bits))
     return released
 
 
-def add_noise_(
-    kernels: Kernels,
-    sums: Sequence[Tensor],
-    grid: float,
-    scale: float,
-    inverse: float,
-    kind: int,
-    key: Tensor,
-    stream: int,
-) -> None:
+def add_noise_(kernels: Kernels, sums: Sequence[Tensor], m: Mechanism, bits: Source) -> None:
     """The op `fastdistill::add_noise_`: each sum is the one sample of its tensor."""
     dense = [x.contiguous() for x in sums]
     flat = [x.view(1, -1) for x in dense]
-    bits = Source(kind, key, stream)
-    numbers = Numbers(bits, 0.0, _MAGIC * grid, scale, inverse)
     for of in alike(flat, [x[0] for x in flat], bits, GRADIENT_NOISE):
-        kernels.release(of, _one(of), numbers)
+        _release_sum(kernels, of, m, bits)
     for x, y in zip(sums, dense, strict=True):
         if x is not y:
             x.copy_(y)
 
 
-def _one(of: Tensors) -> Tensor:
-    """The factor of what is no sample, but a sum."""
-    return torch.ones(1, dtype=torch.float64, device=of.x[0].device)
+def _release_sum(kernels: Kernels, of: Tensors, m: Mechanism, bits: Source) -> None:
+    """As if a sum were one sample, whose factor is 1 and which has no grid of its own."""
+    one = torch.ones(1, dtype=torch.float64, device=of.x[0].device)
+    kernels.release(of, one, Numbers.of(m._replace(fine=0.0), bits))
 
 
 def noisy_softmax_sum(
-    kernels: Kernels, teachers: Sequence[Tensor], temperature: float, *release: Any
+    kernels: Kernels, teachers: Sequence[Tensor], temperature: float, m: Mechanism, bits: Source
 ) -> Tensor:
     """The op `fastdistill::noisy_softmax_sum`."""
-    return _sum_rows(kernels, teachers, 1 / temperature, ANSWER_NOISE, *release)
+    return _sum_rows(kernels, teachers, 1 / temperature, m, bits, ANSWER_NOISE)
 
 
-def noisy_gradient_sum(kernels: Kernels, teachers: Sequence[Tensor], *release: Any) -> Tensor:
+def noisy_gradient_sum(
+    kernels: Kernels, teachers: Sequence[Tensor], m: Mechanism, bits: Source
+) -> Tensor:
     """The op `fastdistill::noisy_gradient_sum`."""
-    return _sum_rows(kernels, teachers, 0.0, ROW_GRADIENT_NOISE, *release)
+    return _sum_rows(kernels, teachers, 0.0, m, bits, ROW_GRADIENT_NOISE)
 
 
 def _sum_rows(
     kernels: Kernels,
     teachers: Sequence[Tensor],
     inverse_temperature: float,
+    m: Mechanism,
+    bits: Source,
     purpose: int,
-    clip: float,
-    unit: float,
-    fine: float,
-    grid: float,
-    scale: float,
-    inverse: float,
-    kind: int,
-    key: Tensor,
-    stream: int,
 ) -> Tensor:
     out = ops.allocate_rows(teachers)
     if out.numel() == 0:
         return out
     rows = _of_one_stride(teachers)
     sums = torch.empty(out.shape, dtype=torch.float64, device=out.device)
-    exponentials = _MAGIC * EXPONENTIALS if grid else 0.0
+    exponentials = _MAGIC * EXPONENTIALS if m.grid else 0.0
     kernels.sum_rows(
         Rows(
             rows, addresses(rows), sums,
-            inverse_temperature, exponentials, clip, unit, _MAGIC * fine,
+            inverse_temperature, exponentials, m.clip, m.unit, _MAGIC * m.fine,
         )
     )  # fmt: skip
-    bits = Source(kind, key, stream)
-    numbers = Numbers(bits, 0.0, _MAGIC * grid, scale, inverse)
     for of in alike([sums.view(1, -1)], [out.view(-1)], bits, purpose):
-        kernels.release(of, _one(of), numbers)
+        _release_sum(kernels, of, m, bits)
     return out
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastdistill import _native
-from fastdistill.privacy import mechanism, ops
+from fastdistill.privacy import ops
+from fastdistill.privacy.mechanism import EXPONENTIALS, Mechanism
 from fastdistill.privacy.source import (
     ANSWER_NOISE,
     GRADIENT_NOISE,
@@ -21,18 +22,7 @@ from fastdistill.privacy.source import (
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
-def clip_and_noise(
-    grad_samples: Sequence[Tensor],
-    clip: float,
-    unit: float,
-    fine: float,
-    grid: float,
-    scale: float,
-    inverse: float,
-    kind: int,
-    key: Tensor,
-    stream: int,
-) -> list[Tensor]:
+def clip_and_noise(grad_samples: Sequence[Tensor], m: Mechanism, bits: Source) -> list[Tensor]:
     """The op `fastdistill::clip_and_noise` on the CPU."""
     released = ops.allocate(grad_samples)
     # Held here until the call is over: the kernel sees addresses only.
@@ -43,29 +33,18 @@ def clip_and_noise(
             for x, y in zip(dense, released, strict=True)
         ],
         dense[0].shape[0],
-        clip,
-        unit,
-        fine,
-        grid,
-        scale,
-        inverse,
-        kind,
-        key.data_ptr(),
-        counter(Source(kind, key, stream), GRADIENT_NOISE),
-        torch.get_num_threads(),
+        *m,
+        *_drawn(bits, GRADIENT_NOISE),
     )
     return released
 
 
-def add_noise_(
-    sums: Sequence[Tensor],
-    grid: float,
-    scale: float,
-    inverse: float,
-    kind: int,
-    key: Tensor,
-    stream: int,
-) -> None:
+def _drawn(bits: Source, purpose: int) -> tuple[int, int, tuple[int, int, int], int]:
+    """What every release is told last: the source of its bits, and how many threads it may take."""
+    return bits.kind, bits.key.data_ptr(), counter(bits, purpose), torch.get_num_threads()
+
+
+def add_noise_(sums: Sequence[Tensor], m: Mechanism, bits: Source) -> None:
     """The op `fastdistill::add_noise_` on the CPU."""
     dense = [x.contiguous() for x in sums]  # held until the call is over
     _module().add_noise(
@@ -73,13 +52,10 @@ def add_noise_(
             (x.data_ptr(), _TYPES[x.dtype], x.numel(), x.data_ptr(), x.dtype is torch.float64)
             for x in dense
         ],
-        grid,
-        scale,
-        inverse,
-        kind,
-        key.data_ptr(),
-        counter(Source(kind, key, stream), GRADIENT_NOISE),
-        torch.get_num_threads(),
+        m.grid,
+        m.scale,
+        m.inverse,
+        *_drawn(bits, GRADIENT_NOISE),
     )
     for x, y in zip(sums, dense, strict=True):
         if x is not y:
@@ -101,29 +77,24 @@ def square_norms(x: Tensor) -> Tensor:
     return out
 
 
-def noisy_softmax_sum(teachers: Sequence[Tensor], temperature: float, *release: Any) -> Tensor:
+def noisy_softmax_sum(
+    teachers: Sequence[Tensor], temperature: float, m: Mechanism, bits: Source
+) -> Tensor:
     """The op `fastdistill::noisy_softmax_sum` on the CPU."""
-    return _sum_rows(teachers, 1 / temperature, ANSWER_NOISE, *release)
+    return _sum_rows(teachers, 1 / temperature, m, bits, ANSWER_NOISE)
 
 
-def noisy_gradient_sum(teachers: Sequence[Tensor], *release: Any) -> Tensor:
+def noisy_gradient_sum(teachers: Sequence[Tensor], m: Mechanism, bits: Source) -> Tensor:
     """The op `fastdistill::noisy_gradient_sum` on the CPU."""
-    return _sum_rows(teachers, 0.0, ROW_GRADIENT_NOISE, *release)
+    return _sum_rows(teachers, 0.0, m, bits, ROW_GRADIENT_NOISE)
 
 
 def _sum_rows(
     teachers: Sequence[Tensor],
     inverse_temperature: float,
+    m: Mechanism,
+    bits: Source,
     purpose: int,
-    clip: float,
-    unit: float,
-    fine: float,
-    grid: float,
-    scale: float,
-    inverse: float,
-    kind: int,
-    key: Tensor,
-    stream: int,
 ) -> Tensor:
     out = ops.allocate_rows(teachers)
     dense = [x.contiguous() for x in teachers]  # held here until the call is over
@@ -135,17 +106,9 @@ def _sum_rows(
         out.data_ptr(),
         out.dtype is torch.float64,
         inverse_temperature,
-        mechanism.EXPONENTIALS if grid else 0.0,
-        clip,
-        unit,
-        fine,
-        grid,
-        scale,
-        inverse,
-        kind,
-        key.data_ptr(),
-        counter(Source(kind, key, stream), purpose),
-        torch.get_num_threads(),
+        EXPONENTIALS if m.grid else 0.0,
+        *m,
+        *_drawn(bits, purpose),
     )
     return out
 

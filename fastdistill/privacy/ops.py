@@ -1,7 +1,7 @@
 """Schemas, fakes and the table backend -> launcher of this room's ops. Registration only.
 
-The ops are private: `api.py` and `teachers.py` validate for them, `source.py` sees
-that no counter comes twice.
+The ops are private: `api.py` and `teachers.py` validate for them, `source.py` sees that no counter
+comes twice. They take numbers one by one; the launchers take what the reference does.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from fastdistill._backend import Launchers
+from fastdistill.privacy.mechanism import Mechanism
+from fastdistill.privacy.source import Source
 
 launcher = Launchers(
     {
@@ -27,10 +29,7 @@ _RELEASE = (  # a Mechanism, a Source
     " Tensor key, int stream, str backend"
 )
 _library.define(f"clip_and_noise(Tensor[] grad_samples, {_RELEASE}) -> Tensor[]")
-_library.define(
-    "add_noise_(Tensor(a!)[] sums, float grid, float scale, float inverse, int kind, Tensor key,"
-    " int stream, str backend) -> ()"
-)
+_library.define(f"add_noise_(Tensor(a!)[] sums, {_RELEASE}) -> ()")
 _library.define(f"noisy_softmax_sum(Tensor[] teachers, float temperature, {_RELEASE}) -> Tensor")
 _library.define(f"noisy_gradient_sum(Tensor[] teachers, {_RELEASE}) -> Tensor")
 
@@ -52,20 +51,25 @@ def allocate_rows(teachers: Sequence[Tensor]) -> Tensor:
     return allocate([teachers[0][None]])[0]
 
 
+def _read(args: Sequence[Any]) -> tuple[Mechanism, Source]:
+    """_RELEASE, but for the backend."""
+    return Mechanism(*args[:6]), Source(*args[6:9])
+
+
 def _clip_and_noise(grad_samples: Sequence[Tensor], *args: Any) -> list[Tensor]:
-    return launcher(args[-1]).clip_and_noise(grad_samples, *args[:-1])
+    return launcher(args[-1]).clip_and_noise(grad_samples, *_read(args))
 
 
 def _add_noise_(sums: Sequence[Tensor], *args: Any) -> None:
-    launcher(args[-1]).add_noise_(sums, *args[:-1])
+    launcher(args[-1]).add_noise_(sums, *_read(args))
 
 
-def _noisy_softmax_sum(teachers: Sequence[Tensor], *args: Any) -> Tensor:
-    return launcher(args[-1]).noisy_softmax_sum(teachers, *args[:-1])
+def _noisy_softmax_sum(teachers: Sequence[Tensor], temperature: float, *args: Any) -> Tensor:
+    return launcher(args[-1]).noisy_softmax_sum(teachers, temperature, *_read(args))
 
 
 def _noisy_gradient_sum(teachers: Sequence[Tensor], *args: Any) -> Tensor:
-    return launcher(args[-1]).noisy_gradient_sum(teachers, *args[:-1])
+    return launcher(args[-1]).noisy_gradient_sum(teachers, *_read(args))
 
 
 for _key in ("CPU", "CUDA"):

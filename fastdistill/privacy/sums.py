@@ -32,8 +32,7 @@ def add_noise_(sums: Sequence[Tensor], mechanism: Mechanism, bits: Source) -> No
         if backend == "reference":
             reference.add_noise_(sums, mechanism, bits)
         else:
-            m = mechanism
-            ops.add_noise_(list(sums), m.grid, m.scale, m.inverse, *bits, backend)
+            ops.add_noise_(list(sums), *mechanism, *bits, backend)
 
 
 def square_norms(x: Tensor) -> Tensor:

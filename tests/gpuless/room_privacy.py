@@ -58,14 +58,14 @@ def numbers(config: Config) -> tuple[mechanism.Mechanism, source.Source]:
 
 def call(module: ModuleType, config: Config) -> None:
     planned, bits = numbers(config)
-    module.clip_and_noise([inputs(config)], *planned, *bits)
+    module.clip_and_noise([inputs(config)], planned, bits)
 
 
 def check(module: ModuleType, config: Config) -> None:
     """The oracle's bits with noise; without, where sums are not on a grid, its float64."""
     x = inputs(config)
     planned, bits = numbers(config)
-    (got,) = module.clip_and_noise([x], *planned, *bits)
+    (got,) = module.clip_and_noise([x], planned, bits)
     dense = x.contiguous() if config["layout"] != "far" else torch.stack(list(x))
     (want,) = reference.clip_and_noise([dense], planned, bits)
     assert_released(got, want, config)
@@ -164,16 +164,16 @@ def release_of(module: ModuleType, config: Config) -> tuple[Any, tuple[Any, ...]
 
 
 def call_rows(module: ModuleType, config: Config) -> None:
-    function, (*first, planned, bits) = release_of(module, config)
-    function(teachers(config), *first, *planned, *bits)
+    function, numbers = release_of(module, config)
+    function(teachers(config), *numbers)
 
 
 def check_rows(module: ModuleType, config: Config) -> None:
     """As `check`."""
     x = teachers(config)
-    function, (*first, planned, bits) = release_of(module, config)
-    got = function(x, *first, *planned, *bits)
-    oracle, numbers = release_of(reference, config)
+    function, numbers = release_of(module, config)
+    got = function(x, *numbers)
+    oracle, _ = release_of(reference, config)
     want = oracle([torch.stack(list(y)) for y in x], *numbers)
     assert_released(got, want, config)
 

@@ -40,7 +40,7 @@ def test_privacy_tensors_of_one_kind_are_one_launch(
     samples[1], samples[4] = samples[1].double(), samples[4].bfloat16()
     samples[2] = torch.randn(3, 41)[:, 1:]  # begins beside a boundary of 16 bytes
     planned = mechanism.plan(5.0, 1.0, 3.0, sum(x[0].numel() for x in samples), True)
-    got = launcher.clip_and_noise(samples, *planned, *bits)
+    got = launcher.clip_and_noise(samples, planned, bits)
     want = reference.clip_and_noise(samples, planned, bits)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     kinds = 4  # float64, bfloat16, float32 on boundaries and beside them
@@ -49,7 +49,7 @@ def test_privacy_tensors_of_one_kind_are_one_launch(
     names.clear()
     sums = [torch.randn(s) for s in SIZES]
     want = [x.clone() for x in sums]
-    launcher.add_noise_(sums, planned.grid, planned.scale, planned.inverse, *bits)
+    launcher.add_noise_(sums, planned, bits)
     reference.add_noise_(want, planned, bits)
     assert all(torch.equal(a, b) for a, b in zip(sums, want, strict=True))
     assert names == ["privacy_release"]

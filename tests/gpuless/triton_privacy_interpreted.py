@@ -76,7 +76,7 @@ def test_several_tensors_share_norms_not_noise(bits: Any, batch: int) -> None:
     samples = checks.gradients(*shapes) if batch else [torch.zeros(s) for s in shapes]
     samples = [samples[0].float(), samples[1], samples[2].bfloat16(), samples[3].transpose(1, 2)]
     planned = mechanism.plan(1.0, 3.0, 7.0, 1142, True)
-    got = privacy_triton.clip_and_noise(samples, *planned, *bits(9))
+    got = privacy_triton.clip_and_noise(samples, planned, bits(9))
     want = reference.clip_and_noise(samples, planned, bits(9))
     for a, b in zip(got, want, strict=True):
         assert a.dtype is b.dtype and torch.equal(a, b) and a.is_contiguous()
@@ -88,8 +88,7 @@ def test_sums_get_their_noise_in_place(bits: source.Source) -> None:
     planned = mechanism.plan(0.7, 1.5 if bits.kind else 0.0, 16.0, 5000, True)
     given = [torch.randn(3, 5), torch.randn(40, 30).t(), torch.zeros(0), torch.randn(()).double()]
     got, want = ([x.clone() for x in given] for _ in range(2))
-    numbers = (planned.grid, planned.scale, planned.inverse)
-    privacy_triton.add_noise_(got, *numbers, *bits)
+    privacy_triton.add_noise_(got, planned, bits)
     reference.add_noise_(want, planned, bits)
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
