@@ -1,9 +1,9 @@
 """Builds the compiled modules; everything else is in pyproject.toml.
 
 `fastdistill._cpu` is built wherever there is a C++ compiler: the sources of csrc/cpu, of which
-isa_*.cpp and exact_*.cpp once per instruction set. `fastdistill._cuda` is built where nvcc is
-found. Neither needs torch. Without a compiler the install still succeeds, in pure Python, and
-says so.
+isa_*.cpp and exact_*.cpp once per instruction set, bf16_avx512.cpp for one. `fastdistill._cuda`
+is built where nvcc is found. Neither needs torch. Without a compiler the install still succeeds,
+in pure Python, and says so.
 
 Environment: CXX (the compiler), FASTDISTILL_CUDA=0 (no CUDA module) or 1 (fail without it),
 NVCC (the CUDA compiler).
@@ -45,7 +45,11 @@ AVX512 = [
     "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512",
 ]  # fmt: skip
 # By the name of the file. Noise has the same bits everywhere: no product and sum in one rounding.
-X86_FLAGS = {"isa_avx2": AVX2, "exact_avx2": AVX2, "isa_avx512": AVX512, "exact_avx512": AVX512}
+X86_FLAGS = {
+    "isa_avx2": AVX2, "exact_avx2": AVX2, "isa_avx512": AVX512, "exact_avx512": AVX512,
+    "bf16_avx512": AVX512,
+}  # fmt: skip
+AVX512_BF16 = "-mavx512bf16"  # of bf16_avx512; GCC knows it from version 10 on
 EXACT_FLAGS = ["-ffp-contract=off"]
 
 
@@ -106,8 +110,9 @@ class BuildKernels(build_ext):
         sources = [Path(s) for s in ext.sources]
         if not X86:
             sources = [s for s in sources if s.stem not in X86_FLAGS]
+        bf16 = [AVX512_BF16] if X86 and compiles(cxx, [AVX512_BF16], "int main() {}") else []
         jobs = [
-            ([cxx, *flags, *file_flags(s.stem), "-c", str(s)], s, objects / f"{s.stem}.o")
+            ([cxx, *flags, *file_flags(s.stem, bf16), "-c", str(s)], s, objects / f"{s.stem}.o")
             for s in sources
         ]
         self.compile_and_link(jobs, ext, [cxx, "-shared", *link], target)
@@ -148,8 +153,9 @@ class BuildKernels(build_ext):
             run([*link, *outputs, "-o", str(target)])
 
 
-def file_flags(stem):
-    return X86_FLAGS.get(stem, []) + (EXACT_FLAGS if stem.startswith("exact_") else [])
+def file_flags(stem, bf16):
+    exact = EXACT_FLAGS if stem.startswith("exact_") else []
+    return X86_FLAGS.get(stem, []) + exact + (bf16 if stem == "bf16_avx512" else [])
 
 
 def run(command):

@@ -14,6 +14,7 @@ FASTER = {
     (8192, 100): {"default": (7, 4), "thp": (7, 4)},
 }
 OF_LIMIT = 1.6
+SOFTMAX = {(512, 32000): 2, (8192, 100): 2}  # shape -> x eager, forward and backward, fp32
 AVX2_OF_AVX512 = 0.6
 SMALL = (128, 10)
 
@@ -97,9 +98,10 @@ def _isa(rows: list[dict]) -> Iterator[tuple]:
 
 def _softmax(main: list[dict]) -> Iterator[tuple]:
     for row in main:
-        if (tuple(row["shape"]), row["dtype"]) == ((512, 32000), "fp32"):
-            where = f"softmax 512x32000, {row['threads']} threads, {row['allocator']}"
-            yield f"{where}: x eager", ">=", 2, _ratio(row, "eager", row, "fastdistill")
+        bar = SOFTMAX.get(tuple(row["shape"]))
+        if bar and row["dtype"] == "fp32":
+            where = f"softmax {_text(row['shape'])}, {row['threads']} threads, {row['allocator']}"
+            yield f"{where}: x eager", ">=", bar, _ratio(row, "eager", row, "fastdistill")
 
 
 def _hint(main: list[dict]) -> Iterator[tuple]:

@@ -246,6 +246,18 @@ def test_bench_bars_say_pass_short_and_not_measured():
     assert any(line.endswith("25.00  PASS, disturbed") for line in bars.lines({"rows": rows}))
 
 
+def test_bench_bars_of_softmax():
+    many, few, other = (
+        row(shape, fastdistill=10.0, eager=19.0) | {"op": "softmax"}
+        for shape in ([512, 32000], [8192, 100], [2048, 1024])
+    )
+    few["ms"]["eager"] = 20.0
+    halves = few | {"dtype": "bf16"}
+    lines = [line for line in bars.lines({"rows": [many, few, other, halves]}) if "softmax" in line]
+    assert [line.split()[1] for line in lines] == ["512x32000,", "8192x100,"]
+    assert [line.split(maxsplit=8)[-1] for line in lines] == ["1.90  short", "2.00  PASS"]
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_bench_shows_who_is_wrong_near(dtype, same_threads):

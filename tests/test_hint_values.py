@@ -1,6 +1,8 @@
 """hint_loss: values and gradients of every backend against the oracle in float64."""
 
 import itertools
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from budget import assert_within
 
 import fastdistill as fd
-from fastdistill import _torch_private
+from fastdistill import _native, _torch_private
 from fastdistill.hint import blocks, native
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -294,19 +296,60 @@ def test_hint_bfloat16_near_the_teacher_keeps_its_gradients(cpu):
         assert (g.double() - w).norm() <= 3e-3 * w.norm()
 
 
-@pytest.mark.parametrize("widened", [False, True])
-def test_hint_bfloat16_products(cpu, monkeypatch, widened):
-    """oneMKL's where torch has it, and without it the same in widened blocks."""
-    if widened:
+@pytest.fixture(params=["own", "oneMKL", "widened"])
+def bf16_products(request, cpu, monkeypatch):
+    """Who multiplies bfloat16 matrices: the class, in force."""
+    module = _native.cpu().module
+    if request.param == "own":
+        if not module.has_bf16():
+            pytest.skip("needs AVX512_BF16")
         monkeypatch.setattr(_torch_private, "gemm_bf16bf16f32", lambda: None)
-    elif _torch_private.gemm_bf16bf16f32() is None:
+        return blocks.Bf16Products
+    without = {name: getattr(module, name) for name in ("hint_rows", "hint_bias_rows")}
+    without = SimpleNamespace(**without, has_bf16=lambda: False)
+    monkeypatch.setattr(_native, "cpu", lambda: _native.Loaded(without, None))
+    if request.param == "widened":
+        monkeypatch.setattr(_torch_private, "gemm_bf16bf16f32", lambda: None)
+        return blocks.WidenedProducts
+    if _torch_private.gemm_bf16bf16f32() is None:
         pytest.skip("this torch has no oneMKL")
+    return blocks.MklProducts
+
+
+def test_hint_bfloat16_products(bf16_products):
     weight, bias = regressor(40, 24, BF16)
-    kind = blocks.WidenedProducts if widened else blocks.MklProducts
-    assert type(blocks.products(weight, F32)) is kind
+    assert type(blocks.products(weight, F32)) is bf16_products
     wide = features(300, 30, dtype=BF16)
     for s in (features(300, 24, dtype=BF16), wide[:, :24], wide[:, 3:27], wide[::2, 6:]):
         check("cpu", s, features(len(s), 40, dtype=BF16), weight, bias)
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 2), (7, 10, 18), (37, 130, 66), (200, 98, 400)])
+def test_hint_bfloat16_products_one_by_one(bf16_products, sizes, all_threads):
+    """Tiles with ends in every dimension, rows with gaps, any number of threads."""
+    rows, width, out = sizes
+    weight = features(out, width + 3, dtype=BF16)[:, 3:]
+    x, r = features(rows, width, dtype=BF16), features(rows, out, dtype=BF16)
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        matrix = blocks.products(weight, F32)
+        assert type(matrix) is bf16_products
+        p, df = torch.full((rows, out), math.nan), torch.full((rows, width), math.nan, dtype=BF16)
+        dw = torch.ones(out, width)
+        space = torch.full((rows, 2 * out), math.nan, dtype=BF16)
+        residual = r if matrix.residual_apart else space[:, :out].copy_(r)
+        residual = residual.to(matrix.residual)
+        matrix.project(matrix.operand(x), p)
+        matrix.student_gradient(residual, df, 0.75)
+        matrix.add_weight_gradient(dw, residual, matrix.operand(x))
+        found.append((p, df, dw))
+    wide = [y.double() for y in (x, weight, r)]
+    wanted = wide[0] @ wide[1].T, 0.75 * wide[2] @ wide[1], 1 + wide[2].T @ wide[0]
+    for got, want, rounding in zip(found[0], wanted, (1e-6, 2**-8, 1e-6), strict=True):
+        assert (got - want).abs().max() <= rounding * want.abs().max()
+    if bf16_products is blocks.Bf16Products:
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_hint_float16_survives_a_large_batch_and_a_loss_scale(backend, all_threads):

@@ -37,6 +37,7 @@ PYBIND11_MODULE(_cpu, m) {
   fd::bind_hint(m);
   fd::bind_privacy(m);
   fd::bind_products(m);
+  fd::bind_bf16(m);
   fd::bind_bench(m);
   m.def("active_isa", [] { return std::string(fd::isa().name); });
   m.def("isas", &fd::isas, "[(name, supported by this processor)], the preferred one first");

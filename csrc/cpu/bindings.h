@@ -19,6 +19,7 @@ void bind_softmax(pybind11::module_& m);
 void bind_hint(pybind11::module_& m);
 void bind_privacy(pybind11::module_& m);
 void bind_products(pybind11::module_& m);
+void bind_bf16(pybind11::module_& m);
 void bind_bench(pybind11::module_& m);
 
 }  // namespace fd

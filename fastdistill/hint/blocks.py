@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdistill import _layout, _torch_private
+from fastdistill import _layout, _native, _torch_private
 
 _ROUND = 32
 
@@ -83,6 +83,8 @@ class Products:
         self.dtype = dtype
         self.residual = dtype
         """The type in which R enters the products."""
+        self.residual_apart = False
+        """R is narrower than P, and may not lie over it with gaps between its rows."""
 
     def operand(self, x: Tensor) -> Tensor:
         """A block of the student's features [n, D_s] as the products want it."""
@@ -126,6 +128,56 @@ class WidenedProducts(Products):
         return x.to(self.dtype)
 
 
+def _with_dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _pitch(x: Tensor) -> int:
+    """From row to row. That of a single row may say anything, which oneMKL would refuse."""
+    return x.stride(0) if len(x) > 1 else x.shape[1]
+
+
+class Bf16Products(Products):
+    """bfloat16 operands, float32 sums, by csrc/cpu/bf16.h; W's sizes are even."""
+
+    def __init__(self, weight: Tensor, module: Any) -> None:
+        super().__init__(_with_dense_rows(weight), torch.float32)
+        self.residual = torch.bfloat16
+        self.module = module
+        self.threads = torch.get_num_threads()
+        self.packed: Tensor | None = None
+
+    def operand(self, x: Tensor) -> Tensor:
+        """Converted where it has to be."""
+        return _with_dense_rows(x)
+
+    def _multiply(self, a: Tensor, transposed: bool, out: Tensor, alpha: float) -> None:
+        self.module.bf16_product(
+            a.data_ptr(), _pitch(a), self.weight.data_ptr(), _pitch(self.weight), transposed,
+            out.data_ptr(), _pitch(out), out.dtype is torch.bfloat16, *out.shape, a.shape[1],
+            alpha, self.threads,
+        )  # fmt: skip
+
+    def project(self, x: Tensor, out: Tensor) -> None:
+        """Out = x W', float32 sums."""
+        self._multiply(x, True, out, 1.0)
+
+    def student_gradient(self, residual: Tensor, out: Tensor, alpha: float | Tensor) -> None:
+        """Out = alpha R W, rounded once."""
+        self._multiply(residual, False, out, float(alpha))
+
+    def add_weight_gradient(self, total: Tensor, residual: Tensor, x: Tensor) -> None:
+        """Total += R' x, float32 sums."""
+        words = self.module.bf16_packed_words(*x.shape)
+        if self.packed is None or len(self.packed) < words:
+            self.packed = torch.empty(words, dtype=torch.int32)
+        self.module.bf16_add_product(
+            residual.data_ptr(), _pitch(residual), x.data_ptr(), _pitch(x),
+            self.packed.data_ptr(), total.data_ptr(), _pitch(total), *total.shape, len(x),
+            self.threads,
+        )  # fmt: skip
+
+
 class MklProducts(Products):
     """bfloat16 operands, float32 sums, on the CPU's bfloat16 units where it has them.
 
@@ -137,31 +189,27 @@ class MklProducts(Products):
     def __init__(self, weight: Tensor, function: Any) -> None:
         super().__init__(weight.contiguous(), torch.float32)
         self.residual = torch.bfloat16
+        self.residual_apart = True  # dF is oneDNN's, which reads into the gaps
         self.function = function
 
     def operand(self, x: Tensor) -> Tensor:
         """Converted where it has to be."""
-        return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
-
-    @staticmethod
-    def _pitch(x: Tensor) -> int:
-        """From row to row. That of a single row may say anything, which oneMKL would refuse."""
-        return x.stride(0) if len(x) > 1 else x.shape[1]
+        return _with_dense_rows(x)
 
     def project(self, x: Tensor, out: Tensor) -> None:
         """Out = x W', float32 sums."""
         self.function(
             self._ROW_MAJOR, self._AS_IT_IS, self._TRANSPOSED, *out.shape, x.shape[1], 1.0,
-            x.data_ptr(), self._pitch(x), self.weight.data_ptr(), self._pitch(self.weight), 0.0,
-            out.data_ptr(), self._pitch(out),
+            x.data_ptr(), _pitch(x), self.weight.data_ptr(), _pitch(self.weight), 0.0,
+            out.data_ptr(), _pitch(out),
         )  # fmt: skip
 
     def add_weight_gradient(self, total: Tensor, residual: Tensor, x: Tensor) -> None:
         """Total += R' x, float32 sums."""
         self.function(
             self._ROW_MAJOR, self._TRANSPOSED, self._AS_IT_IS, *total.shape, x.shape[0], 1.0,
-            residual.data_ptr(), self._pitch(residual), x.data_ptr(), self._pitch(x), 1.0,
-            total.data_ptr(), self._pitch(total),
+            residual.data_ptr(), _pitch(residual), x.data_ptr(), _pitch(x), 1.0,
+            total.data_ptr(), _pitch(total),
         )  # fmt: skip
 
 
@@ -192,7 +240,10 @@ def products(weight: Tensor, dtype: torch.dtype) -> Products:
     if dtype is torch.float32 and weight.is_cuda:
         return CudaProducts(weight)
     if dtype is torch.float32 and weight.dtype is torch.bfloat16:
-        function = _torch_private.gemm_bf16bf16f32()
+        module, function = _native.cpu().module, _torch_private.gemm_bf16bf16f32()
+        own = module is not None and module.has_bf16() and not any(x % 2 for x in weight.shape)
+        if module is not None and own and not (function and module.has_bf16_tiles()):
+            return Bf16Products(weight, module)
         if function is not None:
             return MklProducts(weight, function)
     return WidenedProducts(weight, dtype)

@@ -162,15 +162,15 @@ def _in_blocks(
     rows, features = source.outer * inner, kernel.teacher.shape[-1]
     dtype = kernel.dtype
     matrix = None if weight is None else products(weight, dtype)
-    size = block_rows(rows, features, matrix is not None and matrix.residual is not dtype)
+    size = block_rows(rows, features, matrix is not None and matrix.residual_apart)
     space = residuals = None
     if matrix is not None:
         space = torch.empty(min(size, rows), features, dtype=dtype)
         if gradients.needed():
-            # Over the projection, each row in its own place, where the types are equal. (A
-            # narrower row there would have gaps behind it, and oneDNN reads into them.)
-            same = matrix.residual is dtype
-            residuals = space if same else torch.empty_like(space, dtype=matrix.residual)
+            if matrix.residual_apart:
+                residuals = torch.empty_like(space, dtype=matrix.residual)
+            else:  # over the projection, each row in its own place
+                residuals = space.view(matrix.residual)[:, :features]
     slots = None
     if gradients.bias is not None:
         count = -(-size // kernel.module.hint_bias_rows)
