@@ -54,6 +54,7 @@ KERNELS = {
     "product, 6x4 vectors": ("product_tile<float, 6, 4>(", 4),
     "product, 6x2 vectors": ("product_tile<float, 6, 2>(", 4),
     "product, 4x2 vectors": ("product_tile<float, 4, 2>(", 4),
+    "product, weighted sum": ("product_weighted_sum(", 4),
     "noise philox": ("philox_group(", 8),
     "noise chacha20": ("chacha20_group(", 0),
     "noise release": ("release_to<float>(", 8),

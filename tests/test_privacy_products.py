@@ -193,3 +193,32 @@ def test_products_norms_beyond_float32(host_backend):
 def test_products_of_a_backend_that_cannot(cpu):
     with fd.backend("triton"), pytest.raises(RuntimeError, match="backend 'triton' cannot run"):
         linear(torch.randn(2, 40, 3), torch.randn(2, 40, 4))
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("samples, shape", [
+    (9, (5, 7)), (16, (2051,)), (3, (1,)), (1, (64,)), (0, (4, 3)), (4, (0, 2)), (21, (3, 4100)),
+])  # fmt: skip
+def test_products_weighted_sum(host_backend, samples, shape, dtype):
+    x = torch.randn(samples, *shape, dtype=dtype)
+    factor = torch.rand(samples).double()
+    got = products.weighted_sum(factor, x)
+    terms = x.double() * factor.view(-1, *(1,) * len(shape))
+    allowed = (samples + 2) * torch.finfo(dtype).eps * terms.abs().sum(0)
+    assert got.dtype is dtype and got.shape == shape
+    assert ((got - terms.sum(0)).abs() <= allowed).all()
+    if len(shape) > 1:  # not dense
+        assert torch.equal(products.weighted_sum(factor, x.mT.contiguous().mT), got)
+
+
+def test_products_weighted_sum_on_any_number_of_threads_cpu(cpu):
+    x, factor = torch.randn(9, 30_001), torch.rand(9).double()
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(products.weighted_sum(factor, x))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])

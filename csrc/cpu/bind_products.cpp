@@ -62,11 +62,21 @@ void convolution_products_(bool in_double, uintptr_t x, uintptr_t g, int64_t sam
   convolution_products(kernels, call, threads);
 }
 
+void weighted_sum_(bool in_double, uintptr_t x, uintptr_t factor, int64_t samples, int64_t size,
+                   uintptr_t sum, int threads) {
+  const WeightedSum call = {in_double, pointer<void>(x),  pointer<double>(factor), samples,
+                            size,      pointer<void>(sum)};
+  const ProductKernels& kernels = active_kernels().products;
+  py::gil_scoped_release released;
+  weighted_sum(kernels, call, threads);
+}
+
 }  // namespace
 
 void bind_products(py::module_& m) {
   m.def("linear_products", &linear_products_);
   m.def("convolution_products", &convolution_products_);
+  m.def("weighted_sum", &weighted_sum_);
 }
 
 }  // namespace fd

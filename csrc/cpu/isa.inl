@@ -22,7 +22,8 @@ const Kernels kernels = {
     {softmax_scratch_bytes, softmax_forward, softmax_backward},
     {hint_scratch_bytes, hint_rows},
     &privacy_kernels,
-    {product_linear_scratch, product_linear, product_convolution_scratch, product_convolution},
+    {product_linear_scratch, product_linear, product_convolution_scratch, product_convolution,
+     product_weighted_sum},
     {exp_loop, read_read_write, read_only},
 };
 

@@ -10,6 +10,8 @@ namespace {
 
 constexpr int64_t kSerialProducts = 1 << 20;  // below this a second thread costs more than it gives
 
+constexpr int64_t kSumElements = 2048;  // of a work item: its sums stay in L1
+
 }  // namespace
 
 void linear_products(const ProductKernels& kernels, const LinearProducts& c, int threads) {
@@ -44,6 +46,15 @@ void convolution_products(const ProductKernels& kernels, const ConvolutionProduc
                                [&](char* scratch, int64_t begin, int64_t end) {
                                  kernels.convolution(c, places, begin, end, scratch);
                                });
+}
+
+void weighted_sum(const ProductKernels& kernels, const WeightedSum& c, int threads) {
+  if (c.samples * c.size < kSerialElements) threads = 1;
+  const int64_t items = (c.size + kSumElements - 1) / kSumElements;
+  parallel_chunks(items, 1, threads, [&](int, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
+      kernels.weighted_sum(c, i * kSumElements, std::min((i + 1) * kSumElements, c.size));
+  });
 }
 
 }  // namespace fd

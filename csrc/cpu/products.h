@@ -26,6 +26,15 @@ struct ConvolutionProducts {
   double* square;  // [samples]
 };
 
+// sum[j] = sum_i factor[i] x_i[j] of dense `x` [samples, size].
+struct WeightedSum {
+  bool in_double;  // else float: `x` and `sum`
+  const void* x;
+  const double* factor;  // numbers of the type of `x`
+  int64_t samples, size;
+  void* sum;
+};
+
 // What is added up for one output: sum_t of[at[t] + row[r]] by[t, v], t < depth, r < rows. The
 // places are the same for each sample and each group, so that they are listed once.
 struct Places {
@@ -41,11 +50,13 @@ struct ProductKernels {
   size_t (*convolution_scratch)(const ConvolutionProducts&);
   void (*convolution)(const ConvolutionProducts&, const Places&, int64_t begin, int64_t end,
                       void* scratch);
+  void (*weighted_sum)(const WeightedSum&, int64_t begin, int64_t end);  // of elements
 };
 
-// The samples over the threads.
+// The samples, or the elements, over the threads.
 void linear_products(const ProductKernels& kernels, const LinearProducts& call, int threads);
 void convolution_products(const ProductKernels& kernels, const ConvolutionProducts& call,
                           int threads);
+void weighted_sum(const ProductKernels& kernels, const WeightedSum& call, int threads);
 
 }  // namespace fd

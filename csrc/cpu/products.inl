@@ -26,7 +26,7 @@ struct Wide {
 // that is not fused takes one more.
 constexpr int kTileRows = FD_VECTOR == 16 ? 4 : 6;
 constexpr int kTileVectors = FD_VECTOR == 64 ? 4 : 2;
-constexpr int64_t kDepth = 256;  // rows of a panel at most: 64 KB
+constexpr int64_t kDepth = 128;  // rows of a panel at most: 64 KB
 
 // The sum of squares of all that is stored of a sample.
 struct Squares {
@@ -325,6 +325,47 @@ static void product_convolution(const ConvolutionProducts& c, const Places& p, i
     convolution_range<double>(c, p, begin, end, scratch);
   } else {
     convolution_range<float>(c, p, begin, end, scratch);
+  }
+}
+
+// sum[j] += the next SAMPLES samples: the sums are read and written once for all of them.
+template <class R, int SAMPLES>
+FD_INLINE void add_weighted(const R* x, int64_t step, const double* factor, bool first, int64_t n,
+                            R* sum) {
+  constexpr int lanes = Wide<R>::lanes;
+  int64_t j = 0;
+  for (; j + lanes <= n; j += lanes) {
+    typename Wide<R>::Vector s{};
+    if (!first) s = load_vector(sum + j);
+#pragma GCC unroll 8
+    for (int i = 0; i < SAMPLES; i++) s += R(factor[i]) * load_vector(x + i * step + j);
+    store_vector(sum + j, s);
+  }
+  if (first)
+    for (int64_t k = j; k < n; k++) sum[k] = R(0);
+  for (int i = 0; i < SAMPLES; i++)
+    for (int64_t k = j; k < n; k++) sum[k] += R(factor[i]) * x[i * step + k];
+}
+
+template <class R>
+static void weighted_range(const WeightedSum& c, int64_t begin, int64_t end) {
+  const R* x = static_cast<const R*>(c.x) + begin;
+  R* sum = static_cast<R*>(c.sum) + begin;
+  const int64_t n = end - begin;
+  if (c.samples == 0)
+    for (int64_t j = 0; j < n; j++) sum[j] = R(0);
+  int64_t i = 0;
+  for (; i + 8 <= c.samples; i += 8)
+    add_weighted<R, 8>(x + i * c.size, c.size, c.factor + i, i == 0, n, sum);
+  for (; i < c.samples; i++)
+    add_weighted<R, 1>(x + i * c.size, c.size, c.factor + i, i == 0, n, sum);
+}
+
+static void product_weighted_sum(const WeightedSum& c, int64_t begin, int64_t end) {
+  if (c.in_double) {
+    weighted_range<double>(c, begin, end);
+  } else {
+    weighted_range<float>(c, begin, end);
   }
 }
 #undef FD_VECTOR

@@ -68,6 +68,23 @@ def convolution(x: Tensor, g: Tensor, patches: Patches, made: Tensor) -> Tensor:
     return square
 
 
+def weighted_sum(factor: Tensor, x: Tensor) -> Tensor:
+    """`products.weighted_sum` on the CPU."""
+    x, factor = x.contiguous(), factor.contiguous()  # held until the call is over
+    size = x.shape[1:].numel()
+    out = x.new_empty(x.shape[1:])
+    native._module().weighted_sum(
+        x.dtype is torch.float64,
+        x.data_ptr(),
+        factor.data_ptr(),
+        len(x),
+        size,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def _images(x: Tensor) -> Tensor:
     """Dense [B, C, H, W]."""
     return (x.unsqueeze(2) if x.ndim == 3 else x).contiguous()

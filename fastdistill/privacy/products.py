@@ -120,3 +120,19 @@ def weights(made: Tensor, shape: torch.Size, groups: int, kernel: bool) -> Tenso
     outputs = shape[0] // groups
     inner = made.view(*made.shape[:-1], groups, made.shape[-1] // max(shape[0], 1), outputs)
     return inner.mT.reshape(*made.shape[:-1], *shape)
+
+
+def weighted_sum(factor: Tensor, x: Tensor) -> Tensor:
+    """sum_i c_i x_i.
+
+    Args:
+        factor: float64 [B], numbers of float32 where `x` is.
+        x: [B, ...], float32 or float64, finite.
+
+    Returns:
+        [...], of the type of `x`, added up in it.
+    """
+    if by_kernel(x):
+        return native_products.weighted_sum(factor, x)
+    rows = x.reshape(len(x), x.shape[1:].numel())
+    return (factor.to(x.dtype)[None] @ rows).view(x.shape[1:])

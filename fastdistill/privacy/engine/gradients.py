@@ -172,8 +172,7 @@ class Dense(Gradient):
         self.value = only(kept, self.value)
 
     def _sum(self, factor: Tensor, part: slice) -> Tensor:
-        rows = self.value[part].reshape(len(factor), self.shape.numel())
-        return (factor.to(rows.dtype)[None] @ rows).view(self.shape)
+        return products.weighted_sum(factor, self.value[part])
 
     def dense(self) -> Tensor:
         """[B, *shape]."""
@@ -250,13 +249,11 @@ class Product(Gradient):
 
     def _sum(self, factor: Tensor, part: slice) -> Tensor:
         if self.made is not None:
-            made = self.made[part].view(len(factor), self.shape.numel())
-            return (factor.to(made.dtype)[None] @ made).view(self.shape)
+            return products.weighted_sum(factor, self.made[part])
         if self.method == "tiles":
             out = self.a.new_empty(self.shape)
             for rows, tile, _ in self._tiles(part):
-                some = out[rows]
-                torch.mm(factor.to(tile.dtype)[None], tile.flatten(1), out=some.view(1, -1))
+                out[rows] = products.weighted_sum(factor, tile)
             return out
         a, g = self.a[part], self.g[part]
         if self.method == "gram":  # what cancels inside a sample does not show in float64
@@ -396,15 +393,14 @@ class Convolution(Gradient):
 
     def _sum(self, factor: Tensor, part: slice) -> Tensor:
         first, last, _ = part.indices(self.samples)
-        factor = factor.to(self.x.dtype)[None]
         if self.made is not None:
-            out = factor @ self.made[first:last]
+            out = products.weighted_sum(factor, self.made[first:last])
         else:
-            out = self.x.new_zeros(1, self.shape.numel())
+            out = self.x.new_zeros(self.shape.numel())
             for some in self._slabs(slice(first, last)):
-                weights = factor[:, some.start - first : some.stop - first]
-                out.addmm_(weights, self._products(some)[0])
-        return products.weights(out[0], self.shape, self.patches.groups, self.kernel)
+                weights = factor[some.start - first : some.stop - first]
+                out += products.weighted_sum(weights, self._products(some)[0])
+        return products.weights(out, self.shape, self.patches.groups, self.kernel)
 
     def dense(self) -> Tensor:
         """[B, *shape]."""
