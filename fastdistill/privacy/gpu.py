@@ -1,9 +1,9 @@
 """The passes of the GPU launchers over a backend's kernels. Nothing synchronises.
 
-Clipped gradients take two kernels, one launch each for all tensors of a kind where the backend can:
-models have hundreds of small ones, and a launch takes longer than each. The second pass reads a
-sample's factor, not its norm, so that both backends share what lies between: the norms, in float64
-and in a fixed order. A sum over teachers is made in float64, and then released as one tensor.
+Clipped gradients take two kernels, one launch each for all tensors of a kind: models have hundreds
+of small ones, and a launch takes longer than each. The second pass reads a sample's factor, not its
+norm, so that both backends share what lies between: the norms, in float64 and in a fixed order.
+A sum over teachers is made in float64, and then released as one tensor.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Triton kernels of private releases and their launcher.
 
-Two kernels for each tensor: partial squares of the samples' norms, then the clipped sum with its
-noise. Three for sums over teachers: one reads rows of up to NARROW elements once; of wider ones
+Two kernels for tensors of a kind: partial squares of the samples' norms, then the clipped sum with
+its noise. Three for sums over teachers: one reads rows of up to NARROW elements once; of wider ones
 the first finds each row's factor, the second adds the rows up. Every value of the noise and of a
 softmax is the sequence of operations that reference.py specifies, without contraction
 (`enable_fp_fusion=False`), so its bits are the same.
@@ -42,7 +42,7 @@ _LN2 = tl.constexpr(0.693147180559945309417)
 _EXP, _ROUND = tl.constexpr(reference.EXP), tl.constexpr(1.5 * 2.0**52)
 _LOG2E = tl.constexpr(1 / math.log(2))
 _LN2_HIGH, _LN2_LOW = tl.constexpr(reference.LN2_HIGH), tl.constexpr(reference.LN2_LOW)
-_EPS = tl.constexpr(EPS)
+_EPS, _FIELDS = tl.constexpr(EPS), tl.constexpr(gpu.FIELDS)
 _PHILOX, _CHACHA20 = tl.constexpr(PHILOX), tl.constexpr(CHACHA20)
 
 
@@ -165,9 +165,16 @@ def _on_grid(x, magic):
 # Kernels.
 
 
+@triton.jit
+def _entry(table_ptr, of_chunk_ptr, chunk):
+    """The fields (gpu.Tensors.table) of the tensor that a chunk of the launch is of."""
+    return table_ptr + tl.load(of_chunk_ptr + chunk) * _FIELDS
+
+
 @triton.jit(do_not_specialize=["size", "x_step", "chunks", "square_step", "first"])
 def _square_kernel(
-    x_ptr,  # [samples, size], x_step apart
+    x_ptr,  # [samples, size], x_step apart; if there is a table, of the element type of all in it
+    table_ptr, of_chunk_ptr,  # of several tensors, or None
     square_ptr,  # float64 [samples, square_step]: those of this tensor from column `first` on
     size, x_step, chunks, square_step, first,
     unit: tl.float64,
@@ -176,6 +183,12 @@ def _square_kernel(
     """The sum of (x unit)^2 over one chunk of one sample: STEPS blocks of LANES VEC elements."""
     program = tl.program_id(0).to(tl.int64)
     sample, chunk = program // chunks, program % chunks
+    square_ptr += sample * square_step + first + chunk
+    if table_ptr is not None:
+        entry = _entry(table_ptr, of_chunk_ptr, chunk)
+        x_ptr = tl.load(entry).to(x_ptr.dtype)
+        size, x_step = tl.load(entry + 1), tl.load(entry + 2)
+        chunk -= tl.load(entry + 3)
     lane, offset = vectors(1, LANES, VEC)
     begin = chunk * (STEPS * LANES)  # in vectors, as `end`
     end = tl.minimum(begin + STEPS * LANES, size // VEC)
@@ -185,7 +198,7 @@ def _square_kernel(
         x = tl.load(row + (at * VEC + offset), mask=at + lane < end, other=0.0).to(tl.float64)
         x *= unit
         total += x * x
-    tl.store(square_ptr + (sample * square_step + first + chunk), tl.sum(tl.sum(total, 1), 0))
+    tl.store(square_ptr, tl.sum(tl.sum(total, 1), 0))
 
 
 @triton.jit(
@@ -195,7 +208,7 @@ def _square_kernel(
     ]
 )  # fmt: skip
 def _release_kernel(
-    x_ptr,  # [samples, size], x_step apart
+    x_ptr, table_ptr, of_chunk_ptr,  # as above
     factor_ptr,  # float64 [samples]: 0 for one that is not finite
     out_ptr,  # [size]
     size, samples, x_step,
@@ -209,6 +222,13 @@ def _release_kernel(
 ):  # fmt: skip
     """LANES VEC elements: the sum of the clipped samples on its grid, and noise."""
     program = tl.program_id(0).to(tl.int64)
+    if table_ptr is not None:
+        entry = _entry(table_ptr, of_chunk_ptr, program)
+        x_ptr = tl.load(entry).to(x_ptr.dtype)
+        size, x_step = tl.load(entry + 1), tl.load(entry + 2)
+        program -= tl.load(entry + 3)
+        out_ptr = tl.load(entry + 4).to(out_ptr.dtype)
+        c1 = tl.load(entry + 5)
     lane, offset = vectors(1, LANES, VEC)
     count = size // VEC
     inside = program * LANES + lane < count
@@ -403,35 +423,36 @@ def _options(device: torch.device, fused: bool, registers: int | None = None) ->
     return options if registers is None else {**options, "maxnreg": registers}
 
 
-# One launch for a tensor: triton-viz proves that the release stays in bounds, and it cannot follow
-# addresses that are loaded from a table.
+def _table(of: gpu.Tensors, chunk: int) -> tuple[Tensor | None, Tensor | None]:
+    """None for one tensor, whose addresses triton-viz can follow: those in a table it cannot."""
+    return of.table(chunk) if len(of.x) > 1 else (None, None)
 
 
 def _square(of: gpu.Tensors, unit: float, squares: Tensor, first: int) -> None:
-    lanes = _SQUARE_BLOCK // of.vector
-    with torch.cuda.device_of(squares):
-        for x, chunks in zip(of.x, of.columns(_SQUARE_BLOCK * _SQUARE_STEPS), strict=True):
-            _square_kernel[(x.shape[0] * chunks,)](
-                x, squares, x.shape[1], x.stride(0), chunks, squares.shape[1], first, unit,
-                STEPS=_SQUARE_STEPS, VEC=of.vector, LANES=lanes, **_options(x.device, True),
-            )  # fmt: skip
-            first += chunks
+    x, chunk = of.x[0], _SQUARE_BLOCK * _SQUARE_STEPS
+    chunks = sum(of.columns(chunk))
+    with torch.cuda.device_of(x):
+        _square_kernel[(len(squares) * chunks,)](
+            x, *_table(of, chunk), squares,
+            x.shape[1], x.stride(0), chunks, squares.shape[1], first, unit,
+            STEPS=_SQUARE_STEPS, VEC=of.vector, LANES=_SQUARE_BLOCK // of.vector,
+            **_options(x.device, True),
+        )  # fmt: skip
 
 
 def _release(of: gpu.Tensors, factors: Tensor, numbers: gpu.Numbers) -> None:
-    key, empty = numbers.bits.key.tolist(), len(factors) == 0
-    _, low, high = counter(numbers.bits, 0)  # each tensor has its own first word
-    with torch.cuda.device_of(factors):
-        for x, out, word in zip(of.x, of.out, of.counters, strict=True):
-            _release_kernel[(triton.cdiv(x.shape[1], _RELEASE_BLOCK),)](
-                x, factors, out, x.shape[1], len(factors), x.stride(0),
-                *key, word, low, high,
-                numbers.fine, numbers.grid, numbers.scale, numbers.inverse,
-                KIND=numbers.bits.kind, EMPTY=empty,
-                UNROLL=_UNROLL, VEC=of.vector, LANES=_RELEASE_BLOCK // of.vector,
-                # For noise alone ptxas (of Triton 3.9) spills for the sake of 72 registers.
-                **_options(x.device, False, 96 if empty else None),
-            )  # fmt: skip
+    x, empty, bits = of.x[0], len(factors) == 0, numbers.bits
+    with torch.cuda.device_of(x):
+        _release_kernel[(sum(of.columns(_RELEASE_BLOCK)),)](
+            x, *_table(of, _RELEASE_BLOCK), factors, of.out[0],
+            x.shape[1], len(factors), x.stride(0),
+            *bits.key.tolist(), of.counters[0], *counter(bits, 0)[1:],
+            numbers.fine, numbers.grid, numbers.scale, numbers.inverse,
+            KIND=bits.kind, EMPTY=empty,
+            UNROLL=_UNROLL, VEC=of.vector, LANES=_RELEASE_BLOCK // of.vector,
+            # For noise alone ptxas (of Triton 3.9) spills for the sake of 72 registers.
+            **_options(x.device, False, 96 if empty else None),
+        )  # fmt: skip
 
 
 def _sum_rows(of: gpu.Rows) -> None:

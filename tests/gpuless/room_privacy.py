@@ -21,6 +21,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "samples": (0, 1, 3, 5),
     "noise": ("philox", "chacha20", "none"),
     "layout": ("dense", "padded"),
+    "tensors": (1, 3),
     "target": TARGETS,
 }
 PLAIN: Config = {
@@ -29,6 +30,7 @@ PLAIN: Config = {
     "samples": 5,
     "noise": "philox",
     "layout": "dense",
+    "tensors": 1,
     "target": "sm_90",
 }
 KINDS = {"philox": source.PHILOX, "chacha20": source.CHACHA20, "none": source.NONE}
@@ -49,26 +51,34 @@ def inputs(config: Config) -> Tensor:
     return far_apart(x) if config["layout"] == "far" else x
 
 
+def several(config: Config) -> list[Tensor]:
+    """The first as above; the others dense."""
+    x = inputs(config)
+    return [x, *(torch.randn(x.shape).to(x.dtype) for _ in range(config["tensors"] - 1))]
+
+
 def numbers(config: Config) -> tuple[mechanism.Mechanism, source.Source]:
     sigma = 0.0 if config["noise"] == "none" else 2.0
-    planned = mechanism.plan(1.0, sigma, 3.0, config["size"], config["dtype"] != "fp64")
+    coordinates = config["size"] * config["tensors"]
+    planned = mechanism.plan(1.0, sigma, 3.0, coordinates, config["dtype"] != "fp64")
     key = torch.tensor([7, 0xFFFFFFFF, 2, 3, 0x80000000, 5, 6, 1])
     return planned, source.Source(KINDS[config["noise"]], key, (1 << 62) + 0xFFFFFFF1)
 
 
 def call(module: ModuleType, config: Config) -> None:
     planned, bits = numbers(config)
-    module.clip_and_noise([inputs(config)], planned, bits)
+    module.clip_and_noise(several(config), planned, bits)
 
 
 def check(module: ModuleType, config: Config) -> None:
     """The oracle's bits with noise; without, where sums are not on a grid, its float64."""
-    x = inputs(config)
+    samples = several(config)
     planned, bits = numbers(config)
-    (got,) = module.clip_and_noise([x], planned, bits)
-    dense = x.contiguous() if config["layout"] != "far" else torch.stack(list(x))
-    (want,) = reference.clip_and_noise([dense], planned, bits)
-    assert_released(got, want, config)
+    found = module.clip_and_noise(samples, planned, bits)
+    if config["layout"] == "far":
+        samples[0] = torch.stack(list(samples[0]))
+    for got, want in zip(found, reference.clip_and_noise(samples, planned, bits), strict=True):
+        assert_released(got, want, config)
 
 
 def assert_released(got: Tensor, want: Tensor, config: Config) -> None:
@@ -99,7 +109,7 @@ def least(config: Config) -> Least:
 
 FAULTS: tuple[Config, ...] = (
     PLAIN,
-    {**PLAIN, "dtype": "bf16", "layout": "padded", "noise": "chacha20"},
+    {**PLAIN, "dtype": "bf16", "layout": "padded", "size": 2056, "tensors": 3},
     {**PLAIN, "dtype": "bf16", "size": 4099, "samples": 3, "noise": "none"},
     {**PLAIN, "dtype": "fp64", "size": 1000, "samples": 1},
     {**PLAIN, "size": 1000, "samples": 3, "layout": "far"},
@@ -217,7 +227,11 @@ TRITON = (
         tile=tile,
         least=least,
         passes=lambda arguments: 1,
-        headlines={"fp32": PLAIN, "bf16": {**PLAIN, "dtype": "bf16"}},
+        headlines={
+            "fp32": PLAIN,
+            "bf16": {**PLAIN, "dtype": "bf16"},
+            "fp32-several": {**PLAIN, "tensors": 3},
+        },
         architecture="architecture",
         faults=tuple({**c, "noise": "philox"} for c in FAULTS),
         not_sanitized="triton-viz cannot evaluate the cast in its loop's bound",
@@ -234,6 +248,7 @@ TRITON = (
         passes=lambda arguments: 1,
         headlines={
             "fp32-philox": PLAIN,
+            "fp32-several": {**PLAIN, "tensors": 3},
             "bf16-chacha20": {**PLAIN, "dtype": "bf16", "noise": "chacha20"},
             "noise-philox": EMPTY,
             "noise-chacha20": {**EMPTY, "noise": "chacha20"},

@@ -12,7 +12,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 
 import room_privacy
+import torch
 import triton_static as static
+
+from fastdistill.privacy import triton
 
 SQUARE, RELEASE, NARROW, _, SUM = room_privacy.TRITON
 
@@ -75,3 +78,14 @@ def test_privacy_one_kernel_serves_all_rows_and_teachers(kernel: static.TritonKe
     launch = static.record(kernel, config)
     varying = [p for p in launch.kernel.params if not p.is_constexpr and "ptr" not in p.name]
     assert all(p.do_not_specialize or p.annotation_type == "fp64" for p in varying)
+
+
+def test_privacy_tensors_of_one_kind_are_one_launch() -> None:
+    samples = [torch.randn(3, i % 5 * 40) for i in range(60)]
+    samples[2] = torch.randn(3, 41)[:, 1:]  # begins beside a boundary of 16 bytes
+    planned, bits = room_privacy.numbers(room_privacy.PLAIN)
+    with static.recording(triton) as launches:
+        triton.clip_and_noise(samples, planned, bits)
+        triton.add_noise_([x[0] for x in samples], planned, bits)
+    names = [x.kernel.__name__ for x in launches]
+    assert sorted(names) == ["_release_kernel"] * 4 + ["_square_kernel"] * 2

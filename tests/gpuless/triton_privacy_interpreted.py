@@ -94,6 +94,16 @@ def test_sums_get_their_noise_in_place(bits: source.Source) -> None:
         assert torch.equal(a, b)
 
 
+def test_many_tensors_in_one_launch() -> None:
+    """Some empty, some beside a boundary of 16 bytes."""
+    samples = [torch.randn(3, i % 5 * 40) for i in range(30)]
+    samples[2] = torch.randn(3, 41)[:, 1:]
+    planned = mechanism.plan(5.0, 1.0, 3.0, sum(x[0].numel() for x in samples), True)
+    got = privacy_triton.clip_and_noise(samples, planned, checks.philox(9))
+    want = reference.clip_and_noise(samples, planned, checks.philox(9))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 @triton.jit
 def _far(
     out_ptr, first, k0, k1, k2, k3, k4, k5, k6, k7, c1, c2, c3,
