@@ -207,6 +207,7 @@ class Product(Gradient):
             self.method = "made"
             self.made = workspace.take(key, (self.samples, *self.shape), self.a)
             self._square = products.linear(self.a, self.g, self.made)
+            del self.a, self.g  # the rest of the backward pass may have their memory
         elif self.rows < SHORT and self.rows * (self.inputs + self.outputs) < 2 * size:
             self.method = "gram"
         else:
@@ -243,9 +244,10 @@ class Product(Gradient):
 
     def select(self, kept: Tensor) -> None:
         """Zero for the samples that are not kept [B]."""
-        self.a, self.g = only(kept, self.a), only(kept, self.g)
         if self.made is not None:
             self.made = only(kept, self.made)
+        else:
+            self.a, self.g = only(kept, self.a), only(kept, self.g)
 
     def _sum(self, factor: Tensor, part: slice) -> Tensor:
         if self.made is not None:
@@ -354,6 +356,8 @@ class Convolution(Gradient):
             self.made = workspace.take(key, (self.samples, shape.numel()), self.x)
         slabs = self._slabs(slice(0, self.samples))
         self._square = torch.cat([self._first(some) for some in slabs])
+        if self.made is not None:
+            del self.x, self.g  # the rest of the backward pass may have their memory
 
     def _first(self, some: slice) -> Tensor:
         """The products, kept where they are to be, and their square norms."""
@@ -387,9 +391,10 @@ class Convolution(Gradient):
 
     def select(self, kept: Tensor) -> None:
         """Zero for the samples that are not kept [B]."""
-        self.x, self.g = only(kept, self.x), only(kept, self.g)
         if self.made is not None:
             self.made = only(kept, self.made)
+        else:
+            self.x, self.g = only(kept, self.x), only(kept, self.g)
 
     def _sum(self, factor: Tensor, part: slice) -> Tensor:
         first, last, _ = part.indices(self.samples)
