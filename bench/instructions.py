@@ -55,9 +55,9 @@ KERNELS = {
     "product, 6x2 vectors": ("product_tile<float, 6, 2>(", 4),
     "product, 4x2 vectors": ("product_tile<float, 4, 2>(", 4),
     "product, weighted sum": ("product_weighted_sum(", 4),
-    "noise philox": ("philox_group(", 8),
-    "noise chacha20": ("chacha20_group(", 0),
-    "noise release": ("release_to<float>(", 8),
+    "noise philox": ("philox_groups<fd::L::Release<fd::L::FromF32, float>, ", 0),
+    "noise chacha20": ("chacha20_groups<fd::L::Release<fd::L::FromF32, float>, ", 0),
+    "noise release": ("release_to<fd::L::FromF32, float>(", 4),
     "traffic": ("read_read_write(", 4),
 }
 """Name -> (how the function's name begins, L for the level; bytes of an element of its widest

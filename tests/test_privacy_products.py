@@ -57,6 +57,31 @@ def test_products_linear_of_views(host_backend):
     check_linear(a.permute(2, 0, 1), torch.randn(9, 40, 5))
 
 
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize(
+    "shape", [(256, 65, 131), (5, 3, 1), (1, 40, 24), (0, 3, 50), (300, 1, 47)]
+)
+def test_products_outer_sum(host_backend, shape, dtype):
+    """Whatever the number of threads, and however the outputs are shared among them."""
+    samples, inputs, outputs = shape
+    a, g = torch.randn(samples, inputs, dtype=dtype), torch.randn(samples, outputs, dtype=dtype)
+    factor = torch.rand(samples).double()
+    want, reach = (
+        (f(g).double() * factor[:, None]).t() @ f(a).double() for f in (torch.clone, torch.abs)
+    )
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3) if host_backend == "cpu" else (1,):
+            torch.set_num_threads(count)
+            found.append(products.outer_sum(a, g, factor))
+    finally:
+        torch.set_num_threads(threads)
+    for got in found:
+        assert torch.equal(got, found[0]) and got.dtype is dtype and got.shape == want.shape
+    allowed = (samples + 3) * torch.finfo(dtype).eps * reach
+    assert ((found[0] - want).abs() <= allowed).all()
+
+
 # Channels, outputs, groups, image, kernel, stride, dilation, padding.
 CONVOLUTIONS = [
     (1, 32, 1, (9, 8), (3, 3), (1, 1), (1, 1), (1, 1)),

@@ -57,14 +57,6 @@ std::vector<double> factors(const PrivacyKernels& kernels, const PrivacyCall& ca
   return factor;
 }
 
-// A work item's sums as doubles: `scratch`, or where they are.
-const double* widened(const Chunk& chunk, double* scratch) {
-  if (chunk.of->type == Type::f64) return static_cast<const double*>(at(chunk, 0));
-  const float* x = static_cast<const float*>(at(chunk, 0));
-  for (int64_t j = 0; j < chunk.size; j++) scratch[j] = x[j];
-  return scratch;
-}
-
 }  // namespace
 
 void add_noise(const PrivacyKernels& kernels, const PrivacyCall& call) {
@@ -74,13 +66,12 @@ void add_noise(const PrivacyKernels& kernels, const PrivacyCall& call) {
   const int threads = elements < kSerialElements ? 1 : call.threads;
   parallel_chunks(static_cast<int64_t>(chunks.size()), 1, threads,
                   [&](int, int64_t begin, int64_t end) {
-                    alignas(64) double scratch[kChunk];
                     Noise noise = call.noise;
                     for (int64_t i = begin; i < end; i++) {
                       const Chunk& chunk = chunks[static_cast<size_t>(i)];
                       noise.draws.counter[0] = call.noise.draws.counter[0] + (chunk.parameter << 8);
-                      kernels.release(noise, chunk.first, chunk.size, widened(chunk, scratch),
-                                      chunk.of->out, chunk.of->out_double);
+                      kernels.release(noise, chunk.first, chunk.size, at(chunk, 0),
+                                      chunk.of->out_double, chunk.of->out, chunk.of->out_double);
                     }
                   });
 }
@@ -132,7 +123,7 @@ void clip_and_noise(const PrivacyKernels& kernels, const PrivacyCall& call) {
                                     chunk.size, call.magic, sum);
                       }
                       noise.draws.counter[0] = call.noise.draws.counter[0] + (chunk.parameter << 8);
-                      kernels.release(noise, chunk.first, chunk.size, count ? sum : nullptr,
+                      kernels.release(noise, chunk.first, chunk.size, count ? sum : nullptr, true,
                                       chunk.of->out, chunk.of->out_double);
                     }
                   });

@@ -50,9 +50,10 @@ struct PrivacyKernels {
   // sum[j] += the softmax of row x, rounded to its grid; nothing where x is not finite. `scratch`
   // has place for the row in whole vectors.
   void (*add_softmax)(const RowSumCall& call, const void* x, double* scratch, double* sum);
-  // out[first + j] = (sum[j] on the grid + noise[first + j]) inverse; `sum` null: no sum.
-  void (*release)(const Noise& noise, int64_t first, int64_t n, const double* sum, void* out,
-                  bool out_double);
+  // out[first + j] = (sum[j] on the grid + noise[first + j]) inverse; `sum` null: no sum. It may be
+  // where the results go, of one type.
+  void (*release)(const Noise& noise, int64_t first, int64_t n, const void* sum, bool sum_double,
+                  void* out, bool out_double);
   // The random words of one block: 4 of Philox, 16 of ChaCha20.
   void (*words)(const Draws& draws, int64_t block, uint32_t* out);
 };

@@ -23,6 +23,8 @@ typedef uint16_t Bits16 __attribute__((vector_size(FD_WIDE * 2)));
 
 constexpr uint64_t kLow = 0xffffffffu;
 
+#define FD_APART static __attribute__((noinline))  // so that bench/instructions.py finds its loops
+
 template <class V>
 FD_INLINE V read(const void* from) {
   V v;
@@ -111,78 +113,110 @@ FD_INLINE Doubles to_double(Words w, double unit, double first) {
   return reinterpret_cast<Doubles>(w | bits) - (base - first);
 }
 
-struct PhiloxKeys {
+// A block's counter is (block, words): of ten rounds the first two are of numbers that all blocks
+// share but for one product each.
+struct Philox {
   uint64_t round[10][2];
+  uint64_t second[3];  // what the first round leaves of the shared words, for the second
+  uint64_t third;      // and the second for the third
 
-  FD_INLINE_MEMBER explicit PhiloxKeys(const uint32_t* key) {
+  FD_INLINE_MEMBER Philox(const uint32_t* key, uint64_t c1, uint64_t c2, uint64_t c3) {
     for (uint32_t i = 0; i < 10; i++) {
       round[i][0] = key[0] + i * 0x9E3779B9u;
       round[i][1] = key[1] + i * 0xBB67AE85u;
     }
+    const uint64_t p1 = c2 * 0xCD9E8D57u;
+    const uint64_t p0 = ((p1 >> 32) ^ c1 ^ (round[0][0] & kLow)) * 0xD2511F53u;
+    second[0] = c3 ^ round[0][1];
+    second[1] = p1 ^ round[1][0];
+    second[2] = (p0 >> 32) ^ round[1][1];
+    third = p0 ^ round[2][1];
   }
-};
 
-// Ten rounds on N vectors of blocks; side by side, since each is one chain of multiplications.
-template <int N>
-FD_INLINE void philox(const PhiloxKeys& keys, Words (&c)[4][N]) {
-  const Words m0 = Words{} + 0xD2511F53u, m1 = Words{} + 0xCD9E8D57u;
-#pragma GCC unroll 10
-  for (const auto& k : keys.round) {
-#pragma GCC unroll 4
+  // N vectors of blocks, side by side: each is one chain of multiplications. High halves may hold
+  // anything before and after.
+  template <int N>
+  FD_INLINE_MEMBER void operator()(const Words (&block)[N], Words (&c)[4][N]) const {
+    const Words m0 = Words{} + 0xD2511F53u, m1 = Words{} + 0xCD9E8D57u;
     for (int i = 0; i < N; i++) {
-      const Words p0 = multiply(c[0][i], m0), p1 = multiply(c[2][i], m1);
-      c[0][i] = (p1 >> 32) ^ c[1][i] ^ k[0];
+      const Words p0 = multiply(block[i], m0);
+      const Words p1 = multiply((p0 >> 32) ^ second[0], m1);
+      c[0][i] = (p1 >> 32) ^ second[1];
       c[1][i] = p1;
-      c[2][i] = (p0 >> 32) ^ c[3][i] ^ k[1];
-      c[3][i] = p0;
+      c[2][i] = p0 ^ second[2];
+      c[3][i] = Words{} + third;
+    }
+#pragma GCC unroll 10
+    for (int k = 2; k < 10; k++) {
+#pragma GCC unroll 4
+      for (int i = 0; i < N; i++) {
+        const Words p0 = multiply(c[0][i], m0), p1 = multiply(c[2][i], m1);
+        c[0][i] = (p1 >> 32) ^ c[1][i] ^ round[k][0];
+        c[1][i] = p1;
+        // The key of the third round is in `third`.
+        c[2][i] = k == 2 ? (p0 >> 32) ^ c[3][i] : (p0 >> 32) ^ c[3][i] ^ round[k][1];
+        c[3][i] = p0;
+      }
     }
   }
-  for (auto& word : c)
-    for (Words& w : word) w &= kLow;
-}
+};
 
 template <int Left>
 FD_INLINE Pairs rotate(Pairs x) {
   return (x << Left) | (x >> (32 - Left));
 }
 
-FD_INLINE void quarter(Pairs& a, Pairs& b, Pairs& c, Pairs& d) {
-  a += b;
-  d = rotate<16>(d ^ a);
-  c += d;
-  b = rotate<12>(b ^ c);
-  a += b;
-  d = rotate<8>(d ^ a);
-  c += d;
-  b = rotate<7>(b ^ c);
+// to += by, with = rotate(with ^ to), for the four quarters of a round in each of SETS states.
+// Columns at Diagonal = 0; step by step, since each quarter is one chain.
+template <int SETS, int Diagonal, int To, int By, int With, int Left>
+FD_INLINE void step(Pairs (&x)[SETS][16]) {
+  const auto at = [](int row, int column) { return 4 * row + (column + Diagonal * row) % 4; };
+#pragma GCC unroll 2
+  for (int s = 0; s < SETS; s++) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      x[s][at(To, i)] += x[s][at(By, i)];
+      x[s][at(With, i)] = rotate<Left>(x[s][at(With, i)] ^ x[s][at(To, i)]);
+    }
+  }
 }
 
-// The ChaCha20 block function (RFC 8439, 2.3); x[12..15] come in as counter and nonce.
-FD_INLINE void chacha20(const uint32_t* key, Pairs (&x)[16]) {
+template <int SETS, int Diagonal>
+FD_INLINE void quarters(Pairs (&x)[SETS][16]) {
+  step<SETS, Diagonal, 0, 1, 3, 16>(x);
+  step<SETS, Diagonal, 2, 3, 1, 12>(x);
+  step<SETS, Diagonal, 0, 1, 3, 8>(x);
+  step<SETS, Diagonal, 2, 3, 1, 7>(x);
+}
+
+// The ChaCha20 block function (RFC 8439, 2.3) on SETS states side by side: x[s][12] comes in as the
+// counters, and `nonce` is x[s][13..15].
+template <int SETS>
+FD_INLINE void chacha20(const uint32_t* key, const uint32_t* nonce, Pairs (&x)[SETS][16]) {
   constexpr uint32_t constants[4] = {0x61707865u, 0x3320646eu, 0x79622d32u, 0x6b206574u};
-  for (int i = 0; i < 4; i++) x[i] = Pairs{} + constants[i];
-  for (int i = 0; i < 8; i++) x[4 + i] = Pairs{} + key[i];
-  const Pairs counter[4] = {x[12], x[13], x[14], x[15]};
+  Pairs counter[SETS];
+  for (int s = 0; s < SETS; s++) {
+    counter[s] = x[s][12];
+    for (int i = 0; i < 4; i++) x[s][i] = Pairs{} + constants[i];
+    for (int i = 0; i < 8; i++) x[s][4 + i] = Pairs{} + key[i];
+    for (int i = 0; i < 3; i++) x[s][13 + i] = Pairs{} + nonce[i];
+  }
   for (int round = 0; round < 10; round++) {
-    quarter(x[0], x[4], x[8], x[12]);
-    quarter(x[1], x[5], x[9], x[13]);
-    quarter(x[2], x[6], x[10], x[14]);
-    quarter(x[3], x[7], x[11], x[15]);
-    quarter(x[0], x[5], x[10], x[15]);
-    quarter(x[1], x[6], x[11], x[12]);
-    quarter(x[2], x[7], x[8], x[13]);
-    quarter(x[3], x[4], x[9], x[14]);
+    quarters<SETS, 0>(x);
+    quarters<SETS, 1>(x);
   }
-  for (int i = 0; i < 4; i++) {
-    x[i] += constants[i];
-    x[12 + i] += counter[i];
+  for (int s = 0; s < SETS; s++) {
+    for (int i = 0; i < 4; i++) x[s][i] += constants[i];
+    for (int i = 0; i < 8; i++) x[s][4 + i] += key[i];
+    x[s][12] += counter[s];
+    for (int i = 0; i < 3; i++) x[s][13 + i] += nonce[i];
   }
-  for (int i = 0; i < 8; i++) x[4 + i] += key[i];
 }
 
-// Coefficients and their errors: reference.py.
-constexpr double kLog[] = {0.6666666666666208,  0.40000000011206505, 0.2857142413832416,
-                           0.22222862280108716, 0.18140193802865992, 0.16621817152858928};
+// Coefficients and their errors: reference.py; kLog is times -2.
+constexpr double kLog[] = {-2 * 0.6666666666666208,  -2 * 0.40000000011206505,
+                           -2 * 0.2857142413832416,  -2 * 0.22222862280108716,
+                           -2 * 0.18140193802865992, -2 * 0.16621817152858928};
 constexpr double kCos[] = {-0.30842513753404227,   0.0158543442438019,     -0.00032599188676870125,
                            3.5908597712602535e-06, -2.461006226754435e-08, 1.1384778780982284e-10};
 constexpr double kSin[] = {0.7853981633974483,     -0.08074551218828054,  0.002490394570188844,
@@ -197,92 +231,146 @@ FD_INLINE void horner(const double (&c)[Terms], const Doubles (&x)[N], Doubles (
     for (int i = 0; i < N; i++) y[i] = y[i] * x[i] + c[k];
 }
 
-// Two vectors of independent standard normals for each vector of blocks, by the words of N of them
-// side by side: each is a long chain.
+// Of x pi / 4 with y = x x: both at once, as each is one chain.
 template <int N>
-FD_INLINE void box_muller(const Words (&w)[4][N], Doubles (&a)[N], Doubles (&b)[N]) {
+FD_INLINE void cosine_and_sine(const Doubles (&x)[N], const Doubles (&y)[N], Doubles (&cosine)[N],
+                               Doubles (&sine)[N]) {
+  for (int i = 0; i < N; i++) {
+    cosine[i] = Doubles{} + kCos[5];
+    sine[i] = kSin[6] * y[i] + kSin[5];
+  }
+#pragma GCC unroll 8
+  for (int k = 4; k >= 0; k--) {
+    for (int i = 0; i < N; i++) {
+      cosine[i] = cosine[i] * y[i] + kCos[k];
+      sine[i] = sine[i] * y[i] + kSin[k];
+    }
+  }
+  for (int i = 0; i < N; i++) {
+    cosine[i] = y[i] * cosine[i] + 1.0;
+    sine[i] = x[i] * sine[i];
+  }
+}
+
+// A double's exponent, as a number.
+FD_INLINE Doubles exponent_of(Words bits) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Doubles>(_mm512_maskz_getexp_pd(0xff, reinterpret_cast<__m512d>(bits)));
+#else
+  return to_double(bits >> 52, 1, -1023);
+#endif
+}
+
+// The random words of vectors of pairs of normals, in low halves; high halves may hold anything.
+template <int N>
+struct Random {
+  Words w[4][N];
+  Words high[N];  // w[3] in high halves
+};
+
+// Two vectors of independent standard normals for each of N vectors of words, side by side: each is
+// a long chain. Products with powers of two, which change no digit, are not where reference.py has
+// them: the logarithm comes times -2.
+template <int N>
+FD_INLINE void box_muller(const Random<N>& random, Doubles (&a)[N], Doubles (&b)[N]) {
+  const auto& w = random.w;
   Doubles k[N], s[N], z[N], p[N], radius[N], x[N], y[N], cosine[N], sine[N];
   for (int i = 0; i < N; i++) {
-    const Doubles u = to_double(w[1][i], 0x1p-32, 0) + to_double(w[0][i], 0x1p-64, 0x1p-65);
-    const Words bits = reinterpret_cast<Words>(u);
-    // u = m 2^k, m in [sqrt(1/2), sqrt(2)); the exponent is k + 1023.
-    const Words exponent = (bits + (0x3ff0000000000000u - 0x3fe6a09e667f3bcdu)) >> 52;
-    k[i] = to_double(exponent, 1, -1023);
-    const Doubles m = reinterpret_cast<Doubles>(bits - (exponent << 52) + 0x3ff0000000000000u);
+    const Doubles u =
+        to_double(w[1][i] & kLow, 0x1p-32, 0) + to_double(w[0][i] & kLow, 0x1p-64, 0x1p-65);
+    // u = m 2^k, m in [sqrt(1/2), sqrt(2)); `shifted` has the exponent of 2^k.
+    constexpr uint64_t root = 0x3fe6a09e667f3bcdu;
+    const Words shifted = reinterpret_cast<Words>(u) + (0x3ff0000000000000u - root);
+    k[i] = exponent_of(shifted);
+    const Doubles m = reinterpret_cast<Doubles>((shifted & 0x000fffffffffffffu) + root);
     s[i] = (m - 1.0) / (m + 1.0);
     z[i] = s[i] * s[i];
   }
-  horner(kLog, z, p);
   for (int i = 0; i < N; i++) {
-    const Doubles log_m = (s[i] + s[i]) + s[i] * (z[i] * p[i]);
-    radius[i] = square_root((k[i] * 0.693147180559945309417 + log_m) * -2.0);
-  }
-  for (int i = 0; i < N; i++) {
-    x[i] = to_double(w[3][i] & 0x1fffffffu, 0x1p-29, 0) + to_double(w[2][i], 0x1p-61, 0x1p-62);
+    x[i] =
+        to_double(w[3][i] & 0x1fffffffu, 0x1p-29, 0) + to_double(w[2][i] & kLow, 0x1p-61, 0x1p-62);
     y[i] = x[i] * x[i];
   }
-  horner(kCos, y, cosine);
-  horner(kSin, y, sine);
+  cosine_and_sine(x, y, cosine, sine);
+  horner(kLog, z, p);
   for (int i = 0; i < N; i++) {
-    const Doubles c = y[i] * cosine[i] + 1.0, d = x[i] * sine[i];
+    const Doubles log_m = s[i] * -4.0 + s[i] * (z[i] * p[i]);
+    radius[i] = square_root(k[i] * (-2 * 0.693147180559945309417) + log_m);
+  }
+  for (int i = 0; i < N; i++) {
+    constexpr uint64_t sign = uint64_t{1} << 63;
+    const Doubles c = cosine[i], d = sine[i];
     const auto swap = (w[3][i] & 0x20000000u) != 0;
-    const Words e = reinterpret_cast<Words>(swap ? d : c) ^ ((w[3][i] & 0x80000000u) << 32);
-    const Words f = reinterpret_cast<Words>(swap ? c : d) ^ ((w[3][i] & 0x40000000u) << 33);
+    const Words e = reinterpret_cast<Words>(swap ? d : c) ^ (random.high[i] & sign);
+    const Words f = reinterpret_cast<Words>(swap ? c : d) ^ ((random.high[i] << 1) & sign);
     a[i] = radius[i] * reinterpret_cast<Doubles>(e);
     b[i] = radius[i] * reinterpret_cast<Doubles>(f);
   }
 }
 
-// The noise of N vectors of blocks, the first of them at z: scaled, and on the grid.
-template <int N>
-FD_INLINE void put_noise(const Noise& noise, const Words (&w)[4][N], double* z) {
-  Doubles a[N], b[N];
-  box_muller(w, a, b);
-  for (int i = 0; i < N; i++) {
-    write(z + i * kWide, a[i] * noise.scale + noise.magic - noise.magic);
-    write(z + i * kWide + 16, b[i] * noise.scale + noise.magic - noise.magic);
-  }
-}
+// Registers for chains side by side, in vectors of words of 64 bits.
+constexpr int kSide = kWide == 8 ? 4 : 2;
 
-// Elements [128 group, 128 (group + 1)) of a parameter's noise.
-static void philox_group(const Noise& noise, const PhiloxKeys& keys, int64_t group, double* z) {
-  const Draws& d = noise.draws;
-  for (int t = 0; t < 4; t++) {
-    for (int j = 0; j < 16; j += 2 * kWide) {
-      const uint64_t block = static_cast<uint64_t>(group) * 64 + static_cast<uint64_t>(t * 16 + j);
-      Words c[4][2];
-      for (int i = 0; i < 2; i++) {
-        c[0][i] = lanes() + ((block + static_cast<uint64_t>(i * kWide)) & kLow);
-        c[1][i] = Words{} + (d.counter[0] + (block >> 32));
-        c[2][i] = Words{} + d.counter[1];
-        c[3][i] = Words{} + d.counter[2];
-      }
-      philox(keys, c);
-      put_noise(noise, c, z + t * 32 + j);
+// Where a block's pair of normals goes, from its first element on: reference.py.
+FD_INLINE int64_t philox_place(int64_t block) { return block / 16 * 32 + block % 16; }
+
+// GROUPS groups of 128 elements of a parameter's noise, to their places from 0 on.
+template <class To, int GROUPS>
+FD_APART void philox_groups(const Draws& d, int64_t group, const To& to) {
+  const uint64_t first = static_cast<uint64_t>(group) * 64;
+  const Philox philox(d.key, static_cast<uint32_t>(d.counter[0] + (first >> 32)), d.counter[1],
+                      d.counter[2]);
+  for (int64_t j = 0; j < GROUPS * 64; j += kSide * kWide) {
+    Words block[kSide];
+    for (int i = 0; i < kSide; i++)
+      block[i] = lanes() + (first + static_cast<uint64_t>(j + i * kWide));
+    Random<kSide> random;
+    philox(block, random.w);
+    Doubles a[kSide], b[kSide];
+    for (int i = 0; i < kSide; i++) random.high[i] = random.w[3][i] << 32;
+    box_muller(random, a, b);
+    for (int i = 0; i < kSide; i++) {
+      to.put(philox_place(j + i * kWide), a[i]);
+      to.put(philox_place(j + i * kWide) + 16, b[i]);
     }
   }
 }
 
-static void chacha20_group(const Noise& noise, int64_t group, double* z) {
-  const Draws& d = noise.draws;
-  for (int j = 0; j < 16; j += 2 * kWide) {
-    const uint64_t block = static_cast<uint64_t>(group) * 16 + static_cast<uint64_t>(j);
-    // Low halves: blocks j, j + 1, ...; high halves: those from j + kWide on.
-    const Words low = lanes() + (block & kLow);
-    Pairs x[16];
-    x[12] = reinterpret_cast<Pairs>(low | ((low + static_cast<uint64_t>(kWide)) << 32));
-    x[13] = Pairs{} + static_cast<uint32_t>(d.counter[0] + (block >> 32));
-    x[14] = Pairs{} + d.counter[1];
-    x[15] = Pairs{} + d.counter[2];
-    chacha20(d.key, x);
+// SETS groups from `group` on, likewise. A group is 16 blocks, of which a state has 2 kWide.
+template <class To, int SETS>
+FD_APART void chacha20_groups(const Draws& d, int64_t group, const To& to) {
+  const uint64_t first = static_cast<uint64_t>(group) * 16;
+  const uint32_t nonce[3] = {static_cast<uint32_t>(d.counter[0] + (first >> 32)), d.counter[1],
+                             d.counter[2]};
+  for (int64_t j = 0; j < 16; j += 2 * kWide) {
+    Pairs x[SETS][16];
+    for (int s = 0; s < SETS; s++) {
+      // Low halves: blocks j, j + 1, ...; high halves: those from j + kWide on.
+      const Words low =
+          lanes() + (static_cast<uint32_t>(first) + static_cast<uint64_t>(16 * s + j));
+      x[s][12] = reinterpret_cast<Pairs>(low | ((low + static_cast<uint64_t>(kWide)) << 32));
+    }
+    chacha20(d.key, nonce, x);
+#pragma GCC unroll 1
     for (int q = 0; q < 4; q++) {
-      Words w[4][2];
-      for (int i = 0; i < 4; i++) {
-        const Words both = reinterpret_cast<Words>(x[4 * q + i]);
-        w[i][0] = both & kLow;
-        w[i][1] = both >> 32;
+      Random<2 * SETS> random;
+      for (int s = 0; s < SETS; s++) {
+        for (int i = 0; i < 4; i++) {
+          const Words both = reinterpret_cast<Words>(x[s][4 * q + i]);
+          random.w[i][2 * s] = both;
+          random.w[i][2 * s + 1] = both >> 32;
+        }
+        const Words both = reinterpret_cast<Words>(x[s][4 * q + 3]);
+        random.high[2 * s] = both << 32;
+        random.high[2 * s + 1] = both;
       }
-      put_noise(noise, w, z + q * 32 + j);
+      Doubles a[2 * SETS], b[2 * SETS];
+      box_muller(random, a, b);
+      for (int i = 0; i < 2 * SETS; i++) {
+        const int64_t at = i / 2 * kNoiseGroup + q * 32 + j + i % 2 * kWide;
+        to.put(at, a[i]);
+        to.put(at + 16, b[i]);
+      }
     }
   }
 }
@@ -410,72 +498,117 @@ static void privacy_add(Type type, const void* const* x, const double* factor, i
   }
 }
 
-// One group of results; `sum` and `z` may be null.
-template <class Out>
-FD_INLINE void release_group(const Noise& noise, const double* sum, const double* z, Out* out) {
-  for (int j = 0; j < kNoiseGroup; j += kWide) {
-    Doubles v = {};
-    if (sum) v = read<Doubles>(sum + j) + noise.magic - noise.magic;
-    if (z) v += read<Doubles>(z + j);
-    v *= noise.inverse;
-    if (sizeof(Out) == 8) {
-      write(out + j, v);
+struct FromNothing {
+  using Element = double;
+  static FD_INLINE_MEMBER Doubles get(const double*) { return Doubles{}; }
+};
+template <class From>
+constexpr bool kSummed = true;
+template <>
+constexpr bool kSummed<FromNothing> = false;
+
+FD_INLINE void store(double* to, Doubles x) { write(to, x); }
+FD_INLINE void store(float* to, Doubles x) { write(to, narrow(x)); }
+
+// Elements of a result: (sum on the grid + noise on the grid) inverse. On the grid all is exact.
+template <class From, class Out>
+struct Release {
+  double scale, magic, inverse;
+  const typename From::Element* sum;
+  Out* out;
+
+  FD_INLINE_MEMBER Release(const Noise& noise, const typename From::Element* s, Out* o)
+      : scale(noise.scale), magic(noise.magic), inverse(noise.inverse), sum(s), out(o) {}
+
+  FD_INLINE_MEMBER void put(int64_t at, Doubles normal) const {
+    const Doubles noise = normal * scale + magic;
+    if constexpr (kSummed<From>) {
+      store(out + at, ((From::get(sum + at) + magic) + (noise - 2 * magic)) * inverse);
     } else {
-      write(out + j, narrow(v));
+      store(out + at, (noise - magic) * inverse);
     }
+  }
+  FD_INLINE_MEMBER void put_silent(int64_t at) const {
+    store(out + at, (From::get(sum + at) + magic - magic) * inverse);
+  }
+};
+
+constexpr int kSets = kWide == 8 ? 2 : 1;  // states that the registers hold
+
+// GROUPS groups.
+template <int GROUPS, class To>
+FD_INLINE void release_groups(const Draws& draws, int64_t group, const To& to) {
+  switch (draws.generator) {
+    case Generator::none:
+      for (int64_t j = 0; j < GROUPS * kNoiseGroup; j += kWide) to.put_silent(j);
+      break;
+    case Generator::philox:
+      philox_groups<To, GROUPS>(draws, group, to);
+      break;
+    case Generator::chacha20:
+      chacha20_groups<To, GROUPS>(draws, group, to);
+      break;
   }
 }
 
-template <class Out>
-static void release_to(const Noise& noise, int64_t first, int64_t n, const double* sum, Out* out) {
-  alignas(64) double z[kNoiseGroup], some[kNoiseGroup] = {};
-  alignas(64) Out part[kNoiseGroup];
-  const Generator generator = noise.draws.generator;
-  const PhiloxKeys keys(noise.draws.key);
+template <class From, class Out>
+static void release_to(const Noise& noise, int64_t first, int64_t n,
+                       const typename From::Element* sum, Out* out) {
+  out += first;
   for (int64_t j = 0; j < n;) {
     const int64_t group = (first + j) / kNoiseGroup, at = (first + j) % kNoiseGroup;
-    const int64_t count = std::min(kNoiseGroup - at, n - j);
-    if (generator == Generator::philox) philox_group(noise, keys, group, z);
-    if (generator == Generator::chacha20) chacha20_group(noise, group, z);
-    const double* drawn = generator == Generator::none ? nullptr : z;
-    if (count == kNoiseGroup) {
-      release_group(noise, sum ? sum + j : nullptr, drawn, out + first + j);
-    } else {  // the first or the last group: it is whole in `some` and `part`
-      if (sum)
-        for (int64_t k = 0; k < count; k++) some[at + k] = sum[j + k];
-      release_group(noise, sum ? some : nullptr, drawn, part);
-      for (int64_t k = 0; k < count; k++) out[first + j + k] = part[at + k];
+    const auto* here = kSummed<From> ? sum + j : nullptr;
+    if (at == 0 && group % kSets == 0 && n - j >= kSets * kNoiseGroup) {
+      release_groups<kSets>(noise.draws, group, Release<From, Out>(noise, here, out + j));
+      j += kSets * kNoiseGroup;
+      continue;
     }
+    const int64_t count = kNoiseGroup - at < n - j ? kNoiseGroup - at : n - j;
+    // A part of a group is whole in `some` and `part`.
+    alignas(64) typename From::Element some[kNoiseGroup] = {};
+    alignas(64) Out part[kNoiseGroup];
+    if (kSummed<From>)
+      for (int64_t k = 0; k < count; k++) some[at + k] = here[k];
+    release_groups<1>(noise.draws, group, Release<From, Out>(noise, some, part));
+    for (int64_t k = 0; k < count; k++) out[j + k] = part[at + k];
     j += count;
   }
 }
 
-static void privacy_release(const Noise& noise, int64_t first, int64_t n, const double* sum,
-                            void* out, bool out_double) {
-  if (out_double) {
-    release_to(noise, first, n, sum, static_cast<double*>(out));
+template <class Out>
+static void release_from(const Noise& noise, int64_t first, int64_t n, const void* sum,
+                         bool sum_double, Out* out) {
+  if (!sum) {
+    release_to<FromNothing>(noise, first, n, nullptr, out);
+  } else if (sum_double) {
+    release_to<FromF64>(noise, first, n, static_cast<const double*>(sum), out);
   } else {
-    release_to(noise, first, n, sum, static_cast<float*>(out));
+    release_to<FromF32>(noise, first, n, static_cast<const float*>(sum), out);
+  }
+}
+
+static void privacy_release(const Noise& noise, int64_t first, int64_t n, const void* sum,
+                            bool sum_double, void* out, bool out_double) {
+  if (out_double) {
+    release_from(noise, first, n, sum, sum_double, static_cast<double*>(out));
+  } else {
+    release_from(noise, first, n, sum, sum_double, static_cast<float*>(out));
   }
 }
 
 static void privacy_words(const Draws& d, int64_t block, uint32_t* out) {
-  const uint64_t low = static_cast<uint64_t>(block) & kLow;
+  const uint32_t low = static_cast<uint32_t>(block);
   const uint32_t high = d.counter[0] + static_cast<uint32_t>(block >> 32);
   if (d.generator == Generator::philox) {
-    Words c[4][1] = {{Words{} + low},
-                     {Words{} + static_cast<uint64_t>(high)},
-                     {Words{} + static_cast<uint64_t>(d.counter[1])},
-                     {Words{} + static_cast<uint64_t>(d.counter[2])}};
-    philox(PhiloxKeys(d.key), c);
+    const Words blocks[1] = {Words{} + static_cast<uint64_t>(low)};
+    Words c[4][1];
+    Philox(d.key, high, d.counter[1], d.counter[2])(blocks, c);
     for (int i = 0; i < 4; i++) out[i] = static_cast<uint32_t>(c[i][0][0]);
   } else {
-    Pairs x[16];
-    x[12] = Pairs{} + static_cast<uint32_t>(low);
-    x[13] = Pairs{} + high;
-    x[14] = Pairs{} + d.counter[1];
-    x[15] = Pairs{} + d.counter[2];
-    chacha20(d.key, x);
-    for (int i = 0; i < 16; i++) out[i] = x[i][0];
+    const uint32_t nonce[3] = {high, d.counter[1], d.counter[2]};
+    Pairs x[1][16];
+    x[0][12] = Pairs{} + low;
+    chacha20(d.key, nonce, x);
+    for (int i = 0; i < 16; i++) out[i] = x[0][i][0];
   }
 }

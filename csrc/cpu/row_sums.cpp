@@ -51,7 +51,7 @@ void noisy_row_sum(const PrivacyKernels& kernels, const RowSumCall& call) {
             }
             kernels.add(call.type, kept.data(), factor.data(), count, classes, call.magic, total);
           }
-          kernels.release(call.noise, first * classes, rows * classes, sum.data(), call.out,
+          kernels.release(call.noise, first * classes, rows * classes, sum.data(), true, call.out,
                           call.out_double);
         }
       });

@@ -44,6 +44,35 @@ def linear(a: Tensor, g: Tensor, made: Tensor) -> Tensor:
     return sums.square_norms(made)
 
 
+def outer_sum(a: Tensor, g: Tensor, factor: Tensor) -> Tensor:
+    """sum_i c_i g_i' a_i, for samples of one row each.
+
+    Args:
+        a: inputs [B, d], float32 or float64.
+        g: gradients of the outputs [B, p], likewise.
+        factor: c [B], float64, and numbers of the type of the others.
+
+    Returns:
+        [p, d], added up in that type, each number in the order of the samples where the kernels of
+        the CPU do it.
+    """
+    g = g * factor.to(g.dtype)[:, None]
+    if not by_kernel(a):
+        return g.t() @ a
+    out = a.new_empty(g.shape[1], a.shape[1])
+    # One sample of B rows; threads share samples, so the kernel gets parts of the outputs as such.
+    parts = min(torch.get_num_threads() * 4, max(len(out) // 24, 1))
+    size = len(out) // parts
+    native_products.linear(
+        a.expand(parts, *a.shape),
+        g[:, : parts * size].unflatten(1, (parts, size)).transpose(0, 1),
+        out,
+    )
+    if rest := len(out) - parts * size:
+        native_products.linear(a[None], g[None, :, -rest:], out[-rest:])
+    return out
+
+
 class Patches(NamedTuple):
     """What a convolution's output is made of; Conv1d is Conv2d of images one pixel high."""
 

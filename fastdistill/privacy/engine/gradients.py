@@ -258,6 +258,8 @@ class Product(Gradient):
                 out[rows] = products.weighted_sum(factor, tile)
             return out
         a, g = self.a[part], self.g[part]
+        if self.method == "outer":
+            return products.outer_sum(a[:, 0], g[:, 0], factor)
         if self.method == "gram":  # what cancels inside a sample does not show in float64
             a, g = a.double(), g.double()
         g = g * factor.to(g.dtype)[:, None, None]
