@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,7 +21,9 @@ say = functools.partial(print, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
+    options.arguments = arguments
     return options.run(options)
 
 
@@ -95,11 +98,25 @@ def _bars(options: argparse.Namespace) -> int:
 
 
 def _clip_and_noise(options: argparse.Namespace) -> int:
-    threads = options.threads or sorted({torch.get_num_threads(), 1}, reverse=True)
-    results = privacy.measure(threads, options.dtypes, options.quick, say)
+    def here(threads: list[int]) -> dict:
+        return privacy.measure(threads, options.dtypes, options.quick, say)
+
+    return int(privacy.wrong(_measure_alone(options, here)))
+
+
+def _measure_alone(options: argparse.Namespace, here: Callable[[list[int]], dict]) -> dict:
+    """The results of `here`: in this process for its own allocator, else in fresh ones."""
+    every = run.ALLOCATORS[:1] if options.quick else run.ALLOCATORS
+    allocators = [options.allocator] if options.allocator else list(every)
+    if allocators == [run.allocator()]:
+        threads = options.threads or sorted({torch.get_num_threads(), 1}, reverse=True)
+        results = here(threads)
+    else:
+        results = run.in_each(allocators, options.arguments)
+        say("\n".join(bars.lines(results)))
     if options.json:
         _write(results, options.json)
-    return int(privacy.wrong(results))
+    return results
 
 
 def _private(options: argparse.Namespace) -> int:
@@ -110,11 +127,11 @@ def _private(options: argparse.Namespace) -> int:
         known = ", ".join(private_models.CASES)
         print(f"private: expected models of {known}; got {', '.join(unknown)}", file=sys.stderr)
         return 2
-    threads = options.threads or sorted({torch.get_num_threads(), 1}, reverse=True)
-    results = private.measure(models, threads, options.quick, say, options.contenders)
-    if options.json:
-        _write(results, options.json)
-    return int(private.wrong(results))
+
+    def here(threads: list[int]) -> dict:
+        return private.measure(models, threads, options.quick, say, options.contenders)
+
+    return int(private.wrong(_measure_alone(options, here)))
 
 
 def _page(options: argparse.Namespace) -> int:
@@ -191,6 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--threads", type=_numbers, help="such as 2,1; default: all and 1")
     command.add_argument("--dtypes", type=_dtypes, default=["fp32", "bf16"], help="fp32,bf16")
     command.add_argument("--quick", action="store_true", help="a glance: few repetitions")
+    _add_allocator(command)
 
     text = "private training steps of three models beside non-private ones and Opacus's"
     command = add("private", text, _private)
@@ -199,6 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--threads", type=_numbers, help="such as 2,1; default: all and 1")
     command.add_argument("--contenders", type=_names, help="only these, with 'non-private'")
     command.add_argument("--quick", action="store_true", help="a glance: few repetitions")
+    _add_allocator(command)
 
     text = "docs/benchmarks.md with its pictures, and README's figures, from bench/results/*.json"
     command = add("page", text, _page)
@@ -227,11 +246,7 @@ def _add_choices(command: argparse.ArgumentParser) -> None:
     command.add_argument("--threads", type=_numbers, help="such as 2,1; default: all and 1")
     command.add_argument("--shapes", type=_shapes, help="such as 512x32000,128x10")
     command.add_argument("--dtypes", type=_dtypes, help="fp32,bf16,fp16")
-    command.add_argument(
-        "--allocator",
-        choices=run.ALLOCATORS,
-        help="thp: THP_MEM_ALLOC_ENABLE=1 for every contender; default: both in turn",
-    )
+    _add_allocator(command)
     command.add_argument(
         "--contenders", type=_names, help="only these; 'wrong' is the negative control"
     )
@@ -249,6 +264,14 @@ def _add_choices(command: argparse.ArgumentParser) -> None:
         help="wait up to S seconds in all while other processes are at work (default: 240)",
     )
     command.add_argument("--quick", action="store_true", help="a glance: few repetitions")
+
+
+def _add_allocator(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--allocator",
+        choices=run.ALLOCATORS,
+        help="thp: THP_MEM_ALLOC_ENABLE=1 for every contender; default: both in turn",
+    )
 
 
 def _names(text: str) -> list[str]:

@@ -17,6 +17,10 @@ OF_LIMIT = 1.6
 SOFTMAX = {(512, 32000): 2, (8192, 100): 2}  # shape -> x eager, forward and backward, fp32
 AVX2_OF_AVX512 = 0.6
 SMALL = (128, 10)
+TIMES_NORMAL = {"philox": 4.0, "chacha20": 1.0}
+"""How many times as fast as normal_ the noise is promised to be."""
+OF_READING = 1.3  # the samples twice
+OF_MEMORY = 1.1  # where nothing is materialised
 
 
 WIDE = 0.25  # quartiles this far apart, of the median: the ratio is a guess
@@ -39,7 +43,8 @@ def lines(results: dict) -> list[str]:
     if kd:
         levels = [row for row in rows if row["op"] == "kd"]
         bars += [*_faster(kd), *_small(kd), *_bf16(kd), *_isa(levels)]
-    for name, sign, bar, measured in [*bars, *_softmax(softmax), *_hint(hint)]:
+    bars += [*_softmax(softmax), *_hint(hint), *_clip_and_noise(main), *_private(main)]
+    for name, sign, bar, measured in bars:
         start = f"{name:66}{sign + f'{bar:g}':>10}"
         if measured is None:
             out.append(f"{start}{'?':>10}  not measured")
@@ -121,6 +126,33 @@ def _hint(main: list[dict]) -> Iterator[tuple]:
             gradients = _gradients_mb(row)
             share = (peaks["fastdistill"] - gradients) / (peaks["eager"] - gradients)
             yield f"{where}: memory of eager's", "<=", 0.15, Measured(share, "")
+
+
+def _clip_and_noise(main: list[dict]) -> Iterator[tuple]:
+    for row in [r for r in main if r["op"] == "clip_and_noise"]:
+        where = f"{row['threads']} threads, {row['allocator']}"
+        shape = f"{row['kind']} {_text(row['shape'])} {row['dtype']}"
+        if row["kind"] == "noise":
+            for name, bar in TIMES_NORMAL.items():
+                times = _ratio(row, "normal_", row, name)
+                yield f"{shape} {name}, {where}: x normal_", ">=", bar, times
+        else:
+            limit = _ratio(row, "chacha20", row, "limit")
+            yield f"{shape}, {where}: of reading twice", "<=", OF_READING, limit
+
+
+def _private(main: list[dict]) -> Iterator[tuple]:
+    for row in [r for r in main if r["op"] == "private"]:
+        where = f"{row['threads']} threads, {row['allocator']}"
+        for name, bar in row.get("bars", {}).items():
+            if name not in row["ms"]:
+                continue
+            step = _ratio(row, name, row, "non-private")
+            yield f"{row['kind']} {name}, {where}: of non-private", "<=", bar, step
+            peaks = row["peak_mb"]
+            if row["kind"] == "mlp" and name in peaks and peaks.get("non-private"):
+                memory = Measured(peaks[name] / peaks["non-private"], "")
+                yield f"{row['kind']} {name}, {where}: memory", "<=", OF_MEMORY, memory
 
 
 def _gradients_mb(row: dict) -> float:

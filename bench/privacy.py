@@ -17,24 +17,22 @@ from torch import Tensor
 
 import fastdistill
 from bench import curves, schema
+from bench.bars import OF_READING, TIMES_NORMAL
 from bench.environment import describe, isa
 from bench.op import DTYPES
+from bench.run import allocator
 from bench.timing import QUIET, Step, cpu_call, in_turn, summary
 from fastdistill import _native
 
 NOISE_SHAPES = [(1 << 20,), (1 << 24,)]
 CLIP_SHAPES = [(64, 1 << 20), (256, 10_000)]
 MAX_NORM, NOISE_MULTIPLIER = 1.0, 1.0
-TIMES_NORMAL = {"philox": 4.0, "chacha20": 1.0}
-"""How many times as fast as normal_ the noise is promised to be."""
-OF_LIMIT = 1.3
 
 ABOUT = {
     "op": "clip_and_noise",
     "suite": "main",
     "device": "cpu",
     "pass": "both",
-    "allocator": "default",
     "environment": 0,
 }
 
@@ -147,7 +145,7 @@ def measure(threads: list[int], dtypes: list[str], quick: bool, say: Callable[[s
         if count == threads[0]:
             rows += _curve(count, quick)
         for row in [r for r in rows if "threads" not in r]:
-            row.update({**ABOUT, **row}, threads=count, isa=isa())
+            row.update({**ABOUT, **row}, threads=count, isa=isa(), allocator=allocator())
             say("\n".join(_lines(row)))
     return {
         "schema": schema.VERSION,
@@ -168,7 +166,8 @@ def _bar(kept: bool, bar: float) -> str:
 
 def _lines(row: dict) -> list[str]:
     shape = "x".join(map(str, row["shape"]))
-    title = f"{row['kind']} {shape} {row['dtype']} ({row['isa']}, {row['threads']} threads)"
+    about = f"{row['isa']}, {row['threads']} threads, {row['allocator']}"
+    title = f"{row['kind']} {shape} {row['dtype']} ({about})"
     lines = [title + f", {row['repetitions']} repetitions"]
     for name, ms in row["ms"].items():
         text = f"  {name:14}{ms:10.3f} ms {row['iqr_ms'][name] / ms:6.0%}"
@@ -181,7 +180,7 @@ def _lines(row: dict) -> list[str]:
             times = ms / row["ms"]["limit"]
             text += f" {times:8.2f} x reading twice"
             if name == "chacha20" and row["suite"] == "main":
-                text += f" ({_bar(times <= OF_LIMIT, OF_LIMIT)})"
+                text += f" ({_bar(times <= OF_READING, OF_READING)})"
         if row["right"].get(name) is False:
             text += "  WRONG"
         lines.append(text)

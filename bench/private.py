@@ -16,11 +16,11 @@ import torch
 from bench import memory, schema
 from bench.environment import describe, isa
 from bench.private_models import CASES, Case, Step, contenders, truth
+from bench.run import allocator
 from bench.timing import QUIET, cpu_call, in_turn, summary
 
 NON_PRIVATE, OURS, SILENT = "non-private", "fastdistill", "fastdistill (no noise)"
 ALLOWED = 1e-3  # of the norm of the gradient, in float32
-PROMISED_MEMORY = 1.1
 
 ABOUT = {
     "op": "private",
@@ -28,7 +28,6 @@ ABOUT = {
     "dtype": "fp32",
     "device": "cpu",
     "pass": "both",
-    "allocator": "default",
     "environment": 0,
 }
 
@@ -64,6 +63,7 @@ def _row(key: str, case: Case, peaks: dict, names: list[str], seconds: float) ->
     model, (x, _) = case.model(), case.batch()
     return {
         **ABOUT,
+        "allocator": allocator(),
         "kind": key,
         "shape": list(x.shape),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -74,6 +74,7 @@ def _row(key: str, case: Case, peaks: dict, names: list[str], seconds: float) ->
         "right": {name: errors.get(name, 0.0) <= ALLOWED for name in made},
         "error": errors,
         "peak_mb": {name: peaks[key, name] for name in made if peaks[key, name] is not None},
+        "bars": dict(zip((OURS, SILENT), case.bars, strict=True)),
         "repetitions": turns.kept,
         "disturbed": (turns.others or 0.0) > QUIET,
     }
@@ -117,11 +118,11 @@ def wrong(results: dict[str, Any]) -> bool:
 
 
 def _lines(row: dict[str, Any]) -> list[str]:
-    bars = dict(zip((OURS, SILENT), CASES[row["kind"]].bars, strict=True))
+    bars = row["bars"]
     shape = "x".join(map(str, row["shape"]))
     lines = [
         f"{row['kind']} {shape}, {row['parameters']} parameters ({row['isa']}, {row['threads']} "
-        f"threads), {row['repetitions']} repetitions"
+        f"threads, {row['allocator']}), {row['repetitions']} repetitions"
     ]
     base, base_memory = row["ms"].get(NON_PRIVATE), row["peak_mb"].get(NON_PRIVATE)
     for name, ms in row["ms"].items():

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -198,6 +198,32 @@ def _isa_levels() -> list[str]:
 
     module = _native.cpu().module
     return [name for name, has in module.isas() if has] if module else []
+
+
+def allocator() -> str:
+    """This process's: torch has read it at start."""
+    return ALLOCATORS[os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"]
+
+
+def in_each(allocators: Sequence[str], arguments: list[str]) -> dict:
+    """The results of `python -m bench ARGUMENTS`, run in a fresh process for each allocator."""
+    together: dict = {"schema": schema.VERSION, "seconds": 0.0, "environments": [], "rows": []}
+    for name in allocators:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "rows.json"
+            command = [sys.executable, "-m", "bench", *arguments, "--allocator", name]
+            done = subprocess.run(
+                [*command, "--json", str(path)], cwd=ROOT, env={**os.environ, **_variables(name)}
+            )
+            if not path.exists():  # status 1 alone: something was wrong, and the rows tell
+                raise subprocess.CalledProcessError(done.returncode, done.args)
+            found = json.loads(path.read_text())
+        for row in found["rows"]:
+            row["environment"] += len(together["environments"])
+        together["seconds"] += found["seconds"]
+        for name_of_list in ("environments", "rows"):
+            together[name_of_list] += found[name_of_list]
+    return together
 
 
 def _in_fresh_process(spec: dict, variables: dict[str, str]) -> dict:

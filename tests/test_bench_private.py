@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import private, private_models, schema
+from bench import bars, private, private_models, schema
 from fastdistill import _native
 from fastdistill.privacy.engine import gradients
 
@@ -47,6 +47,9 @@ def test_rows_and_verdicts(capsys, tmp_path):
     assert "WRONG" not in text and "(bar 1.1: " in text and "(bar 1.05: " in text
     results = json.loads(path.read_text())
     assert not list(schema.problems(results))
+    lines = [line for line in bars.lines(results) if ": of non-private" in line]
+    assert len(lines) == 6 and "mlp fastdistill, 1 threads, default: of non-private" in lines[0]
+    assert sum(": memory " in line for line in bars.lines(results)) == 2  # peaks of 1 and 1
     assert all(len(row["ms"]) == 6 for row in results["rows"])
 
 
