@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kRowThreads) privacy_row_factor(const RowParam
 template <class E, bool Softmax>
 __global__ void __launch_bounds__(kRowThreads) privacy_row_sum(const RowParams a) {
   const int64_t row = blockIdx.x / a.chunks, tile = blockIdx.x % a.chunks;
-  const int64_t first = (tile * kRowThreads + threadIdx.x) * kEach;
+  const int64_t first = (tile * blockDim.x + threadIdx.x) * kEach;
   Real sum[kEach] = {};
   for (int64_t at = 0; at < a.teachers; at += kUnroll) {
     E x[kUnroll][kEach];

@@ -79,7 +79,7 @@ struct Warp {  // one collective at a time: the lanes leave a value each, the la
 struct Thread {
   State state = State::ready;
   void* stack_pointer = nullptr;
-  std::unique_ptr<char[]> stack;
+  char* stack = nullptr;
   void* sanitizer = nullptr;
 };
 
@@ -389,13 +389,21 @@ inline void run_cluster(Launch& l) {
 
 #else
 
+// For all launches: to map them anew would take longer than most kernels that tests run.
+inline char* stack_of(size_t thread) {
+  static std::vector<std::unique_ptr<char[]>> stacks;
+  while (stacks.size() <= thread) stacks.emplace_back(new char[kStack]);
+  return stacks[thread].get();
+}
+
 inline void run_cluster(Launch& l) {
   const bool reverse = getenv("CUEMU_REVERSE") != nullptr;
   const unsigned total = l.count * l.cluster;
-  for (Thread& thread : l.threads) {
-    if (!thread.stack) thread.stack.reset(new char[kStack]);
+  for (size_t i = 0; i < total; i++) {
+    Thread& thread = l.threads[i];
+    thread.stack = stack_of(i);
     void** top = reinterpret_cast<void**>(
-        (reinterpret_cast<uintptr_t>(thread.stack.get()) + kStack) & ~uintptr_t{15});
+        (reinterpret_cast<uintptr_t>(thread.stack) + kStack) & ~uintptr_t{15});
     *--top = nullptr;  // where fiber_body would return to, and what keeps its stack aligned
     *--top = reinterpret_cast<void*>(fiber_body);
     thread.stack_pointer = top - 6;
@@ -412,7 +420,7 @@ inline void run_cluster(Launch& l) {
       blockIdx = {l.first + i / l.count, 0, 0};
       progress = true;
 #if defined(__SANITIZE_ADDRESS__)
-      __sanitizer_start_switch_fiber(&l.scheduler_sanitizer, thread.stack.get(), kStack);
+      __sanitizer_start_switch_fiber(&l.scheduler_sanitizer, thread.stack, kStack);
 #endif
       cuemu_switch(&l.scheduler, thread.stack_pointer);
 #if defined(__SANITIZE_ADDRESS__)
