@@ -55,6 +55,7 @@ KERNELS = {
     "product, 6x2 vectors": ("product_tile<float, 6, 2>(", 4),
     "product, 4x2 vectors": ("product_tile<float, 4, 2>(", 4),
     "product, weighted sum": ("product_weighted_sum(", 4),
+    "norm sums": ("norm_sums(", 4),
     "noise philox": ("philox_groups<fd::L::Release<fd::L::FromF32, float>, ", 0),
     "noise chacha20": ("chacha20_groups<fd::L::Release<fd::L::FromF32, float>, ", 0),
     "noise release": ("release_to<fd::L::FromF32, float>(", 4),

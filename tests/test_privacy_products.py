@@ -247,3 +247,46 @@ def test_products_weighted_sum_on_any_number_of_threads_cpu(cpu):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("samples, rows, cols, groups", [
+    (3, 6, 9, 0), (2, 1, 130, 0), (3, 40, 5, 0), (3, 6, 9, 2), (2, 12, 49, 12), (4, 8, 200, 1),
+    (0, 4, 3, 0), (0, 4, 3, 2), (20, 64, 33, 4), (20, 64, 33, 0),
+])  # fmt: skip
+def test_products_norm_sums(host_backend, samples, rows, cols, groups, dtype):
+    """Of inputs far from zero, in float64 from the mean that is given."""
+    x, g = (torch.randn(samples, rows, cols, dtype=dtype) for _ in range(2))
+    x = x + 30
+    blocks = x.reshape(samples, groups or rows, rows * cols // (groups or rows))
+    mean, rstd = blocks.mean(2), blocks.var(2).rsqrt() if samples else blocks.mean(2)
+    got = products.norm_sums(x, g, mean, rstd, groups)
+    apart = blocks.double() - mean.double()[..., None]
+    normal = (apart * rstd.double()[..., None]).view(x.shape) * g.double()
+    for value, terms in zip(got, (normal, g.double()), strict=True):
+        over = 2 if groups else 1
+        allowed = (terms.shape[over] + 4) * torch.finfo(dtype).eps * terms.abs().sum(over)
+        assert value.dtype is dtype and ((value - terms.sum(over)).abs() <= allowed).all()
+    strided = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, g)]
+    again = products.norm_sums(*strided, mean, rstd, groups)
+    if products.by_kernel(x):
+        assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+@pytest.mark.parametrize("groups", [0, 4])
+def test_products_norm_sums_are_those_of_a_sample_alone_cpu(cpu, groups):
+    """On any number of threads."""
+    x, g = torch.randn(9, 64, 49), torch.randn(9, 64, 49)
+    mean, rstd = torch.randn(9, groups or 64), torch.rand(9, groups or 64)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(products.norm_sums(x, g, mean, rstd, groups))
+        alone = products.norm_sums(x[4:5], g[4:5], mean[4:5], rstd[4:5], groups)
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    assert all(torch.equal(a[4], b[0]) for a, b in zip(found[0], alone, strict=True))

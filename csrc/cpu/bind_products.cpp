@@ -71,12 +71,32 @@ void weighted_sum_(bool in_double, uintptr_t x, uintptr_t factor, int64_t sample
   weighted_sum(kernels, call, threads);
 }
 
+void norm_sums_(bool in_double, uintptr_t x, uintptr_t g, uintptr_t mean, uintptr_t rstd,
+                int64_t samples, int64_t rows, int64_t cols, int64_t groups, uintptr_t weight,
+                uintptr_t bias, int threads) {
+  const NormSums call = {in_double,
+                         pointer<void>(x),
+                         pointer<void>(g),
+                         pointer<void>(mean),
+                         pointer<void>(rstd),
+                         samples,
+                         rows,
+                         cols,
+                         groups,
+                         pointer<void>(weight),
+                         pointer<void>(bias)};
+  const NormKernels& kernels = active_kernels().norms;
+  py::gil_scoped_release released;
+  norm_sums(kernels, call, threads);
+}
+
 }  // namespace
 
 void bind_products(py::module_& m) {
   m.def("linear_products", &linear_products_);
   m.def("convolution_products", &convolution_products_);
   m.def("weighted_sum", &weighted_sum_);
+  m.def("norm_sums", &norm_sums_);
 }
 
 }  // namespace fd

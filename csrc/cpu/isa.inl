@@ -12,6 +12,7 @@ namespace FD_ISA {
 #include "bench.inl"
 #include "hint.inl"
 #include "kd.inl"
+#include "norms.inl"
 #include "products.inl"
 #include "softmax.inl"
 
@@ -24,6 +25,7 @@ const Kernels kernels = {
     &privacy_kernels,
     {product_linear_scratch, product_linear, product_convolution_scratch, product_convolution,
      product_weighted_sum},
+    {norm_sums},
     {exp_loop, read_read_write, read_only},
 };
 

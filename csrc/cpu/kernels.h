@@ -2,6 +2,7 @@
 #pragma once
 #include "hint.h"
 #include "kd.h"
+#include "norms.h"
 #include "privacy.h"
 #include "products.h"
 #include "softmax.h"
@@ -20,6 +21,7 @@ struct Kernels {
   HintKernels hint;
   const PrivacyKernels* privacy;  // compiled by itself: exact.inl
   ProductKernels products;
+  NormKernels norms;
   BenchKernels bench;
 };
 

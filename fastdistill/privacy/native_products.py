@@ -1,4 +1,4 @@
-"""Launcher of the CPU kernels that make per-sample gradients (csrc/cpu/products.h)."""
+"""Launcher of the CPU kernels that make per-sample gradients (csrc/cpu/products.h, norms.h)."""
 
 from __future__ import annotations
 
@@ -83,6 +83,30 @@ def weighted_sum(factor: Tensor, x: Tensor) -> Tensor:
         torch.get_num_threads(),
     )
     return out
+
+
+def norm_sums(
+    x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor, groups: int
+) -> tuple[Tensor, Tensor]:
+    """`products.norm_sums` on the CPU."""
+    x, g, mean, rstd = (t.contiguous() for t in (x, g, mean, rstd))  # held until the call is over
+    samples, rows, cols = x.shape
+    weight, bias = (x.new_empty(samples, rows if groups else cols) for _ in range(2))
+    native._module().norm_sums(
+        x.dtype is torch.float64,
+        x.data_ptr(),
+        g.data_ptr(),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        samples,
+        rows,
+        cols,
+        groups,
+        weight.data_ptr(),
+        bias.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return weight, bias
 
 
 def _images(x: Tensor) -> Tensor:

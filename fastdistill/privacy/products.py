@@ -165,3 +165,25 @@ def weighted_sum(factor: Tensor, x: Tensor) -> Tensor:
         return native_products.weighted_sum(factor, x)
     rows = x.reshape(len(x), x.shape[1:].numel())
     return (factor.to(x.dtype)[None] @ rows).view(x.shape[1:])
+
+
+def norm_sums(
+    x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor, groups: int
+) -> tuple[Tensor, Tensor]:
+    """The gradients of LayerNorm's or GroupNorm's weight and bias for each sample.
+
+    Args:
+        x: inputs [B, rows, cols], float32 or float64; the others are of its type.
+        g: gradients of the outputs, likewise.
+        mean, rstd: of each row, [B, rows]; or of each group of rows, [B, groups].
+        groups: 0 for LayerNorm, which has a weight for each column; GroupNorm has one for each row.
+
+    Returns:
+        sum (x - mean) rstd g, and sum g: over rows [B, cols], or over columns [B, rows].
+    """
+    if by_kernel(x):
+        return native_products.norm_sums(x, g, mean, rstd, groups)
+    blocks = x.reshape(len(x), groups, x.shape[1] // groups * x.shape[2]) if groups else x
+    normal = ((blocks - mean[..., None]) * rstd[..., None]).view(x.shape)
+    over = 2 if groups else 1
+    return (normal * g).sum(over), g.sum(over)

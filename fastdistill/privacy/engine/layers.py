@@ -18,6 +18,7 @@ from opacus.layers import DPMultiheadAttention
 from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 
+from fastdistill.privacy import products
 from fastdistill.privacy.engine.capture import Rule
 from fastdistill.privacy.engine.gradients import Dense, Images, Lookups, Pairs, Piece, wide
 from fastdistill.privacy.products import Patches
@@ -87,6 +88,15 @@ class _Embedding(_Layer):
         return [(layer.weight, Lookups(tokens, g, layer.num_embeddings, layer.padding_idx))]
 
 
+def _of_both(layer: nn.LayerNorm | nn.GroupNorm, sums: tuple[Tensor, Tensor]) -> Pieces:
+    """Weight and bias of a normalisation, as far as they are there and trained."""
+    return [
+        (p, Dense(total.view(len(total), *p.shape)))
+        for p, total in zip((layer.weight, layer.bias), sums, strict=True)
+        if p is not None and p.requires_grad
+    ]
+
+
 class _LayerNorm(_Layer):
     """Weight: sum over rows of x^ G, x^ the normalised input; bias: of G."""
 
@@ -110,15 +120,14 @@ class _LayerNorm(_Layer):
 
     def pieces(self, layer: nn.LayerNorm, x: Tensor, kept: Kept, grad: Tensor) -> Pieces:
         """Of weight and bias."""
-        mean, rstd = kept
-        middle = tuple(range(1, x.ndim - len(layer.normalized_shape)))
-        out: Pieces = []
-        if layer.weight.requires_grad:
-            product = ((x - mean) * rstd).mul_(grad)
-            out.append((layer.weight, Dense(product.sum(middle) if middle else product)))
-        if layer.bias is not None and layer.bias.requires_grad:
-            out.append((layer.bias, Dense(grad.sum(middle) if middle else grad)))
-        return out
+        cols = layer.weight.numel()
+        means = x.shape[: x.ndim - len(layer.normalized_shape)]
+        shape = (len(x), means[1:].numel(), cols)
+        mean, rstd = (wide(k).reshape(shape[:2]) for k in kept)
+        sums = products.norm_sums(
+            wide(x).reshape(shape), wide(grad).reshape(shape), mean, rstd, groups=0
+        )
+        return _of_both(layer, sums)
 
 
 class _GroupNorm(_Layer):
@@ -147,16 +156,13 @@ class _GroupNorm(_Layer):
 
     def pieces(self, layer: nn.GroupNorm, x: Tensor, kept: Kept, grad: Tensor) -> Pieces:
         """Of weight and bias."""
-        n, channels, _, groups = self._sizes(layer, x)
-        mean, rstd = (k.view(n, groups, 1) for k in kept)
-        g = grad.reshape(n, channels, -1)
-        out: Pieces = []
-        if layer.weight.requires_grad:
-            normal = ((x.view(n, groups, -1) - mean) * rstd).view(n, channels, -1)
-            out.append((layer.weight, Dense((normal * g).sum(2))))
-        if layer.bias is not None and layer.bias.requires_grad:
-            out.append((layer.bias, Dense(g.sum(2))))
-        return out
+        n, channels, size, groups = self._sizes(layer, x)
+        shape = (n, channels, size)
+        mean, rstd = (wide(k).reshape(n, groups) for k in kept)
+        sums = products.norm_sums(
+            wide(x).reshape(shape), wide(grad).reshape(shape), mean, rstd, groups
+        )
+        return _of_both(layer, sums)
 
 
 class _Convolution(_Layer):
