@@ -25,6 +25,7 @@ from private_models import CNN, Transformer, assert_close, by_samples
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import fastdistill as fd
 from fastdistill.privacy import engine as room
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -212,7 +213,17 @@ def single_records() -> list[Case]:
 
 def check_sensitivity(of: Engine, tries: int = 12) -> None:
     """No record adds more than C less what the grid takes: a search uphill from random ones."""
-    for case in single_records():
+    _search(of, single_records(), tries)
+
+
+def check_autocast(of: Engine) -> None:
+    """Nor on the backend whose products are torch's, under autocast."""
+    with fd.backend("reference"):
+        _search(of, [case for case in single_records() if case.autocast], 12)
+
+
+def _search(of: Engine, cases: Sequence[Case], tries: int) -> None:
+    for case in cases:
         run = Run(of, case.model, sigma=1.0, c=0.75, memory_budget=case.budget)
         best, worst = (case.x, case.w), 0.0
         for i in range(tries):
@@ -690,7 +701,7 @@ def check_audit(of: Engine) -> None:
 
 
 CHECKS = [
-    check_formula, check_sensitivity, check_neighbours, check_cancellation,
+    check_formula, check_sensitivity, check_autocast, check_neighbours, check_cancellation,
     check_cancellation_of_convolutions, check_far, check_tied, check_replay, check_not_finite,
     check_virtual, check_noise, check_secrecy, check_per_layer, check_schedule, check_rollback,
     check_sampler, check_loader, check_accountant, check_debit, check_refusals, check_audit,

@@ -146,7 +146,7 @@ MUTATIONS = {
     ),
     "sums under autocast": (
         "exact", "torch.autocast(device.type, enabled=False)", "contextlib.nullcontext()",
-        "sensitivity",
+        "autocast",
     ),
     "the rounding of sums not paid for": (
         "settings", "lost = gradients.rounding(self.most, self.chunk) if single else 0.0",
