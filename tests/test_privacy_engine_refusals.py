@@ -140,6 +140,15 @@ def test_engine_refuses_what_it_cannot_tell_apart():
         criterion(model(x), y).backward()
 
 
+@pytest.mark.parametrize("layer", [nn.Conv1d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1)], ids=repr)
+def test_engine_refuses_an_image_without_a_batch(layer):
+    """As many channels as losses: channels would be clipped in place of samples."""
+    model, _, criterion, _ = private(model=nn.Sequential(layer))
+    x = torch.randn(4, *(4,) * len(layer.kernel_size))
+    with pytest.raises(ValueError, match="Conv.d: expected an input with . dimensions, the batch"):
+        criterion(model(x).flatten(1), torch.zeros(4, dtype=torch.int64)).backward()
+
+
 def test_engine_refuses_what_is_distributed():
     from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 

@@ -155,6 +155,15 @@ def test_products_convolution_of_nothing(host_backend):
         assert made.shape == (samples, *shape) and not square.any()
 
 
+def test_products_convolution_of_other_outputs_cpu(cpu):
+    """The kernel would follow the gradient out of the image."""
+    x, g, patches, shape = images(CONVOLUTIONS[1])
+    for less, fewer, size in ((1, 0, shape.numel()), (0, 1, shape.numel()), (0, 0, 7)):
+        made = torch.empty(len(x), size)
+        with pytest.raises(ValueError, match="g, made: expected a gradient of shape"):
+            products.convolution(x[..., less:], g[..., fewer:], patches, made, True)
+
+
 def calls(dtype=F32):
     """Two that are large enough for several threads: inputs, and what makes products of them."""
     a, g = torch.randn(9, 130, 70, dtype=dtype), torch.randn(9, 130, 50, dtype=dtype)

@@ -43,10 +43,22 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def convolution(x: Tensor, g: Tensor, patches: Patches, made: Tensor) -> Tensor:
-    """`products.convolution` on the CPU."""
+    """`products.convolution` on the CPU.
+
+    Raises:
+        ValueError: gradients of other outputs than the convolution has: the kernel would follow
+            them out of the image.
+    """
     x, g = _images(x), _images(g)  # held until the call is over
     square = torch.empty(len(x), dtype=torch.float64)
     groups = patches.groups
+    (kh, kw), outputs = patches.kernel, (len(x), g.shape[1], *patches.outputs(x))
+    size = len(x) * g.shape[1] * (x.shape[1] // groups) * kh * kw
+    if g.shape != outputs or made.numel() != size:
+        raise ValueError(
+            f"g, made: expected a gradient of shape {list(outputs)} and {size} elements, got "
+            f"{list(g.shape)} and {made.numel()}"
+        )
     native._module().convolution_products(
         x.dtype is torch.float64,
         x.data_ptr(),

@@ -98,6 +98,16 @@ class Patches(NamedTuple):
 
         return cls(pair(kernel, 1), pair(stride, 1), pair(dilation, 1), pair(padding, 0), groups)
 
+    def outputs(self, images: Tensor) -> tuple[int, int]:
+        """Height and width of what the convolution makes of [b, C, H, W]."""
+        rows, columns = (
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, s, d, p in zip(
+                images.shape[2:], self.kernel, self.stride, self.dilation, self.padding, strict=True
+            )
+        )
+        return rows, columns
+
     def unfold(self, images: Tensor) -> Tensor:
         """[b, C, H, W] or [b, C, W] as [b, C k, L], columns for `groups` products.
 
@@ -105,9 +115,9 @@ class Patches(NamedTuple):
         """
         images = images.unsqueeze(2) if images.ndim == 3 else images
         (kh, kw), (sh, sw), (dh, dw), (ph, pw), _ = self
+        rows, columns = self.outputs(images)
         images = F.pad(images.contiguous(), (pw, pw, ph, ph))
-        b, c, h, w = images.shape
-        rows, columns = (h - dh * (kh - 1) - 1) // sh + 1, (w - dw * (kw - 1) - 1) // sw + 1
+        b, c = images.shape[:2]
         n, of_c, of_h, of_w = images.stride()
         patches = images.as_strided(
             (b, c, kh, kw, rows, columns), (n, of_c, of_h * dh, of_w * dw, of_h * sh, of_w * sw)

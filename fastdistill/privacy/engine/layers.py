@@ -175,7 +175,17 @@ class _Convolution(_Layer):
         return layer.padding
 
     def prepare(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
-        """With the padding that the convolution cannot add itself."""
+        """With the padding that the convolution cannot add itself.
+
+        Raises:
+            ValueError: there is no batch: channels would be taken for samples.
+        """
+        dimensions = 2 + len(layer.kernel_size)
+        if x.ndim != dimensions:
+            raise ValueError(
+                f"module: {type(layer).__name__}: expected an input with {dimensions} dimensions, "
+                f"the batch first, got shape {list(x.shape)}"
+            )
         if layer.padding_mode != "zeros":
             return F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
         if layer.padding == "same":
