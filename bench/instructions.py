@@ -24,6 +24,9 @@ from fastdistill import _native
 BUDGETS = Path(__file__).parent / "instructions.json"
 LEVELS = ("baseline", "avx2", "avx512")
 
+_STRAIGHT = (
+    "straight_chunks<(fd::Type){0}, (fd::Type){0}, (fd::Type){0}, (fd::Distance)0, true, false>("
+)
 KERNELS = {
     "exponential": ("exp_loop(", 4),
     "kd exponentials": ("Pass<float>::step1<true, true, 2>(", 4),
@@ -45,6 +48,8 @@ KERNELS = {
     "log softmax, few": ("SoftmaxPass<float>::forward_tile<true>(", 4),
     "softmax few, backward": ("SoftmaxPass<float>::backward_tile<false>(", 4),
     "hint distance": ("HintPass<float>::row(", 4),
+    "hint distance, straight": (_STRAIGHT.format(0), 4),
+    "hint distance, bf16": (_STRAIGHT.format(2), 2),
     "load": ("load<float>(", 4),
     "store": ("store<float>(", 4),
     "transpose in": ("load_tile<true>(", 0),

@@ -363,6 +363,21 @@ def test_hint_float16_survives_a_large_batch_and_a_loss_scale(backend, all_threa
         assert (g.double() - w).norm() <= 1e-3 * w.norm()
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("width", [512, 518])
+def test_hint_large_gradients_are_those_of_small_calls(cpu, width, dtype):
+    """Stored past the caches where rows are whole chunks, as 518 elements are not."""
+    rows = 9 * 2**20 // (width * dtype.itemsize)
+    s, t = features(rows, width, dtype=dtype), features(rows, width, dtype=dtype)
+    for distance in ("mse", "smooth_l1"):
+        _, grad = run("cpu", s, t, distance=distance, reduction="sum")
+        for first in (0, rows // 2, rows - 64):
+            part = slice(first, first + 64)
+            _, small = run("cpu", s[part], t[part], distance=distance, reduction="sum")
+            assert torch.equal(grad[part], small)
+        assert grad.isfinite().all()
+
+
 def test_hint_same_bits_again(cpu, all_threads):
     s, t = features(3000, 96), features(3000, 160)
     weight, bias = regressor(160, 96)

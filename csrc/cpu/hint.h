@@ -27,6 +27,7 @@ struct HintArgs {
   void* grad;  // of the student (with its bias) in `grad_type`, `grad_step` elements from row to
   Type grad_type;     // row; null without need. It may lie over the student's own rows: each is
   int64_t grad_step;  // read before it is written.
+  bool past_caches;   // it is better stored there: set by the driver
   void* bias_grad;    // [ceil(rows / kBiasRows), cols] out: sums of `grad`; or null
   double* loss;       // out: the distance of each row, no factor in it
 };
