@@ -377,14 +377,17 @@ FD_APART void chacha20_groups(const Draws& d, int64_t group, const To& to) {
 
 // kWide elements as doubles, exactly.
 struct FromF32 {
+  static constexpr bool halves = false;
   using Element = float;
   static FD_INLINE_MEMBER Doubles get(const float* x) { return widen(read<Floats>(x)); }
 };
 struct FromF64 {
+  static constexpr bool halves = false;
   using Element = double;
   static FD_INLINE_MEMBER Doubles get(const double* x) { return read<Doubles>(x); }
 };
 struct FromBf16 {
+  static constexpr bool halves = true;  // the high ones of float32's
   using Element = uint16_t;
   static FD_INLINE_MEMBER Doubles get(const uint16_t* x) {
     const Bits32 bits = widen(read<Bits16>(x)) << 16;
@@ -392,6 +395,7 @@ struct FromBf16 {
   }
 };
 struct FromF16 {
+  static constexpr bool halves = false;
   using Element = uint16_t;
   static FD_INLINE_MEMBER Doubles get(const uint16_t* x) {
     Floats v;
@@ -415,32 +419,64 @@ FD_INLINE Doubles get_tail(const typename From::Element* x, int64_t n) {
   return From::get(padded);
 }
 
+// sum + v v, where the product is exact.
+FD_INLINE Doubles add_exact_square(Doubles v, Doubles sum) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Doubles>(_mm512_fmadd_pd(
+      reinterpret_cast<__m512d>(v), reinterpret_cast<__m512d>(v), reinterpret_cast<__m512d>(sum)));
+#elif defined(__FMA__)
+  return reinterpret_cast<Doubles>(_mm256_fmadd_pd(
+      reinterpret_cast<__m256d>(v), reinterpret_cast<__m256d>(v), reinterpret_cast<__m256d>(sum)));
+#else
+  return sum + v * v;
+#endif
+}
+
+// 2 kWide elements, in any order: those in the high and those in the low halves of words.
+template <class From>
+FD_INLINE void get_two(const typename From::Element* x, Doubles (&v)[2]) {
+  if constexpr (From::halves) {
+    const Bits32 both = read<Bits32>(x);
+    v[0] = widen(reinterpret_cast<Floats>(both << 16));
+    v[1] = widen(reinterpret_cast<Floats>(both & 0xffff0000u));
+  } else {
+    v[0] = From::get(x);
+    v[1] = From::get(x + kWide);
+  }
+}
+
 template <class From>
 static double square_of(const void* data, int64_t n, double unit) {
   const auto* x = static_cast<const typename From::Element*>(data);
-  constexpr int chains = 4;
-  // Squares of the narrower types fit a double as they are; a power of two changes no digit.
+  constexpr int chains = 8;
+  // Squares of the narrower types are exact in a double; a power of two changes no digit.
   constexpr bool fits = sizeof(typename From::Element) < sizeof(double);
-  const double scale = fits ? 1.0 : unit;
+  const auto add = [unit](Doubles v, Doubles sum) {
+    if constexpr (fits) return add_exact_square(v, sum);
+    v *= unit;
+    return sum + v * v;
+  };
   Doubles sum[chains] = {};
   int64_t j = 0;
   for (; j + chains * kWide <= n; j += chains * kWide)
-    for (int k = 0; k < chains; k++) {
-      const Doubles v = From::get(x + j + k * kWide) * scale;
-      sum[k] += v * v;
+    for (int k = 0; k < chains; k += 2) {
+      Doubles v[2];
+      get_two<From>(x + j + k * kWide, v);
+      sum[k] = add(v[0], sum[k]);
+      sum[k + 1] = add(v[1], sum[k + 1]);
     }
-  for (; j < n; j += kWide) {
-    const Doubles v = (n - j < kWide ? get_tail<From>(x + j, n - j) : From::get(x + j)) * scale;
-    sum[0] += v * v;
-  }
-  const Doubles all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  for (; j < n; j += kWide)
+    sum[0] = add(n - j < kWide ? get_tail<From>(x + j, n - j) : From::get(x + j), sum[0]);
+  const Doubles all =
+      ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
   double total = 0;
   for (int k = 0; k < kWide; k++) total += all[k];
   return fits ? total * unit * unit : total;
 }
 
-// N samples at once: the sums are read and written once for all of them.
-template <class From, int N>
+// N samples at once: the sums are read and written once for all of them. On a grid a sum is a whole
+// number in the last bits of `magic`, and so is a contribution: they are added as such.
+template <class From, int N, bool GRID>
 static void add_samples(const void* const* data, const double* factor, int64_t n, double magic,
                         double* sum) {
   const typename From::Element* x[N];
@@ -449,25 +485,53 @@ static void add_samples(const void* const* data, const double* factor, int64_t n
     x[i] = static_cast<const typename From::Element*>(data[i]);
     c[i] = Doubles{} + factor[i];
   }
+  const auto added = [&](Doubles s, const auto& get) {
+    Words bits = reinterpret_cast<Words>(s);
+    for (int i = 0; i < N; i++) {
+      if constexpr (GRID) {
+        bits += reinterpret_cast<Words>(get(i) * c[i] + magic);
+      } else {
+        s += get(i) * c[i];
+      }
+    }
+    return GRID ? reinterpret_cast<Doubles>(bits) : s;
+  };
   int64_t j = 0;
-  for (; j + kWide <= n; j += kWide) {
-    Doubles s = read<Doubles>(sum + j);
-    for (int i = 0; i < N; i++) s += From::get(x[i] + j) * c[i] + magic - magic;
-    write(sum + j, s);
-  }
+  for (; j + kWide <= n; j += kWide)
+    write(sum + j, added(read<Doubles>(sum + j), [&](int i) { return From::get(x[i] + j); }));
   if (j < n) {
-    Doubles s = get_tail<FromF64>(sum + j, n - j);
-    for (int i = 0; i < N; i++) s += get_tail<From>(x[i] + j, n - j) * c[i] + magic - magic;
+    const Doubles s = added(get_tail<FromF64>(sum + j, n - j),
+                            [&](int i) { return get_tail<From>(x[i] + j, n - j); });
     for (int k = 0; j + k < n; k++) sum[j + k] = s[k];
   }
+}
+
+template <class From, bool GRID>
+static void add_all(const void* const* x, const double* factor, int64_t count, int64_t n,
+                    double magic, double* sum) {
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) add_samples<From, 4, GRID>(x + i, factor + i, n, magic, sum);
+  for (; i < count; i++) add_samples<From, 1, GRID>(x + i, factor + i, n, magic, sum);
 }
 
 template <class From>
 static void add_of(const void* const* x, const double* factor, int64_t count, int64_t n,
                    double magic, double* sum) {
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4) add_samples<From, 4>(x + i, factor + i, n, magic, sum);
-  for (; i < count; i++) add_samples<From, 1>(x + i, factor + i, n, magic, sum);
+  if (magic == 0) return add_all<From, false>(x, factor, count, n, magic, sum);
+  for (int64_t j = 0; j < n; j++) sum[j] += magic;
+  add_all<From, true>(x, factor, count, n, magic, sum);
+  // Each contribution has brought the bits of `magic` with it.
+  uint64_t once;
+  __builtin_memcpy(&once, &magic, sizeof once);
+  const uint64_t brought = once * static_cast<uint64_t>(count);
+  for (int64_t j = 0; j < n; j++) {
+    uint64_t bits;
+    __builtin_memcpy(&bits, sum + j, sizeof bits);
+    bits -= brought;
+    double s;
+    __builtin_memcpy(&s, &bits, sizeof s);
+    sum[j] = s - magic;
+  }
 }
 
 static double privacy_square(Type type, const void* x, int64_t n, double unit) {
