@@ -299,3 +299,14 @@ def test_products_norm_sums_are_those_of_a_sample_alone_cpu(cpu, groups):
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
     assert all(torch.equal(a[4], b[0]) for a, b in zip(found[0], alone, strict=True))
+
+
+def test_products_of_shapes_that_do_not_belong_together_cpu(cpu):
+    a, g = torch.randn(3, 40, 5), torch.randn(3, 40, 4)
+    for b, h, made in ((a, g[:, :39], (3, 4, 5)), (a[:2], g, (2, 4, 5)), (a, g, (3, 4, 4))):
+        with pytest.raises(ValueError, match="g, made: expected"):
+            products.linear(b, h, torch.empty(made))
+    mean = torch.randn(3, 40)
+    for h, m, groups in ((a[:, 1:], mean, 0), (a, mean[:, 1:], 0), (a, mean, 4)):
+        with pytest.raises(ValueError, match="g, mean, rstd: expected"):
+            products.norm_sums(a, h, m, m, groups)

@@ -14,9 +14,18 @@ if TYPE_CHECKING:
 
 
 def linear(a: Tensor, g: Tensor, made: Tensor) -> Tensor:
-    """`products.linear` on the CPU."""
+    """`products.linear` on the CPU.
+
+    Raises:
+        ValueError: shapes that do not belong together: the kernel would leave the tensors.
+    """
     a, g = _rows(a), _rows(g)
     samples, rows, inputs = a.shape
+    if g.shape[:2] != a.shape[:2] or made.numel() < samples * g.shape[2] * inputs:
+        raise ValueError(
+            f"g, made: expected a gradient of shape {[samples, rows]} + [p] and at least "
+            f"{samples} * p * {inputs} elements, got {list(g.shape)} and {made.numel()}"
+        )
     square = torch.empty(samples, dtype=torch.float64)
     native._module().linear_products(
         a.dtype is torch.float64,
@@ -100,9 +109,19 @@ def weighted_sum(factor: Tensor, x: Tensor) -> Tensor:
 def norm_sums(
     x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor, groups: int
 ) -> tuple[Tensor, Tensor]:
-    """`products.norm_sums` on the CPU."""
+    """`products.norm_sums` on the CPU.
+
+    Raises:
+        ValueError: shapes that do not belong together: the kernel would leave the tensors.
+    """
     x, g, mean, rstd = (t.contiguous() for t in (x, g, mean, rstd))  # held until the call is over
     samples, rows, cols = x.shape
+    means = (samples, groups or rows)
+    if g.shape != x.shape or mean.shape != means or rstd.shape != means:
+        raise ValueError(
+            f"g, mean, rstd: expected shapes {list(x.shape)} and twice {list(means)}, got "
+            f"{list(g.shape)}, {list(mean.shape)} and {list(rstd.shape)}"
+        )
     weight, bias = (x.new_empty(samples, rows if groups else cols) for _ in range(2))
     native._module().norm_sums(
         x.dtype is torch.float64,
