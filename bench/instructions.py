@@ -54,7 +54,7 @@ KERNELS = {
     "store": ("store<float>(", 4),
     "transpose in": ("load_tile<true>(", 0),
     "transpose out": ("store_tile(", 0),
-    "privacy norm": ("privacy_square(", 4),
+    "privacy norm": ("square_of<fd::L::FromF32>(", 4),
     "privacy sum": ("privacy_add(", 8),
     "product, 6x4 vectors": ("product_tile<float, 6, 4>(", 4),
     "product, 6x2 vectors": ("product_tile<float, 6, 2>(", 4),

@@ -446,7 +446,7 @@ FD_INLINE void get_two(const typename From::Element* x, Doubles (&v)[2]) {
 }
 
 template <class From>
-static double square_of(const void* data, int64_t n, double unit) {
+FD_APART double square_of(const void* data, int64_t n, double unit) {
   const auto* x = static_cast<const typename From::Element*>(data);
   constexpr int chains = 8;
   // Squares of the narrower types are exact in a double; a power of two changes no digit.
