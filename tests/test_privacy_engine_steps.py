@@ -286,6 +286,20 @@ def test_engine_adds_up_in_chunks():
     torch.testing.assert_close(got[0], got[1], rtol=1e-5, atol=1e-6)
 
 
+def test_engine_buffers_stay_within_the_budget():
+    """Smaller batches fit in more layers: each kept the memory of the largest that fitted in it."""
+    workspace, like = gradients.Workspace(4000), torch.zeros(1)
+    for samples in (10, 5, 3, 2, 1):
+        workspace.start()
+        assert workspace.held() <= workspace.budget
+        for layer in range(10):
+            if workspace.fits(samples * 100, like):
+                workspace.take(layer, (samples, 100), like)
+        assert workspace.left >= 0
+    workspace.start()
+    assert workspace.held() <= workspace.budget
+
+
 def test_engine_modules_can_be_copied_and_saved(tmp_path):
     """A copy (an average of weights, say) reports to a book of its own; a pickle loads."""
     _, module, optimizer, criterion, _ = private(seed=1)

@@ -99,8 +99,18 @@ class Workspace:
         self._buffers: dict[tuple[object, torch.dtype, torch.device], Tensor] = {}
 
     def start(self) -> None:
-        """A new backward pass: everything is free again."""
+        """A new backward pass: everything is free again.
+
+        Buffers keep the size of their largest batch, and which layers fit depends on the batch: of
+        batches of many sizes they come to more than any single step could take.
+        """
         self.left = self.budget
+        if self.held() > self.budget:
+            self.release()
+
+    def held(self) -> int:
+        """Bytes of all buffers."""
+        return sum(x.nbytes for x in self._buffers.values())
 
     def fits(self, elements: int, like: Tensor) -> bool:
         """Whether that many elements more are within the budget."""
