@@ -4,7 +4,7 @@
 #   make distill-private  private distillation, with epsilons: out/distill-private/
 #   make test           check, then every test
 #   make check          lint, types, import contracts
-#   make bench          every benchmark and docs/benchmarks.md: 15 minutes (ARGS=--quick: 2);
+#   make bench          every benchmark and docs/benchmarks.md: half an hour (a glance: ARGS=--quick);
 #                       PEERS=1 installs the other libraries that it then compares with
 #   make gpu            the tests and benchmarks of a machine with a GPU: bench/results/gpu-*.json
 #   make triton         every Triton kernel compiled by Triton 3.6 and 3.9 too

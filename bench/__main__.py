@@ -196,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     for op in cases.OPS:
         _add_choices(add(op, f"measure {op}", _measure))
     _add_choices(add("curves", "time and memory along one size at a time", _measure))
-    text = "measure everything into bench/results/, then make the page (15 minutes; --quick: 2)"
+    text = "measure everything into bench/results/, then make the page: half an hour"
     command = add("all", text, _all)
     _add_choices(command)
     command.add_argument("--folder", type=Path, metavar="D", help="instead of bench/results/")
