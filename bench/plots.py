@@ -94,7 +94,11 @@ def _memory(rows: list[dict], results: dict, path: Path) -> bool:
 
 
 def _curve(rows: list[dict], results: dict, path: Path) -> bool:
-    """Time, and memory where it was measured, along an axis; both scales logarithmic."""
+    """Time, and memory where it was measured, along an axis; both scales logarithmic.
+
+    Of one allocator.
+    """
+    rows = [row for row in rows if row.get("allocator") == rows[0].get("allocator")]
     rows = sorted(rows, key=lambda row: row["at"])
     measures = {"ms": "ms, forward + backward", "peak_mb": "MB, peak of a step above its inputs"}
     shown = [key for key in measures if any(row.get(key) for row in rows)]
