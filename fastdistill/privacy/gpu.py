@@ -95,17 +95,6 @@ class Rows(NamedTuple):
         return highest, factors
 
 
-class Kernels(NamedTuple):
-    """A backend's kernels."""
-
-    chunk: int  # elements of a partial sum
-    square: Callable[[Tensors, float, Tensor, int], None]
-    """(of, unit, squares [samples, all chunks], the first of their columns)"""
-    release: Callable[[Tensors, Tensor, Numbers], None]
-    """(of, factors [samples], numbers)"""
-    sum_rows: Callable[[Rows], None]
-
-
 def _rows(x: Tensor) -> Tensor:
     """[samples, size], without a copy where each sample is dense."""
     rows = x.reshape(x.shape[0], x.shape[1:].numel())
@@ -150,84 +139,87 @@ def addresses(tensors: Sequence[Tensor]) -> Tensor:
     return on_device(table, tensors)
 
 
-def clip_and_noise(
-    kernels: Kernels, grad_samples: Sequence[Tensor], m: Mechanism, bits: Source
-) -> list[Tensor]:
-    """The op `fastdistill::clip_and_noise` by two kernels."""
-    released = ops.allocate(grad_samples)
-    rows, out = [_rows(x) for x in grad_samples], [y.view(-1) for y in released]
-    kinds = alike(rows, out, bits, GRADIENT_NOISE)
-    samples, columns = len(rows[0]), [sum(of.columns(kernels.chunk)) for of in kinds]
-    squares = torch.empty((samples, sum(columns)), dtype=torch.float64, device=rows[0].device)
-    if samples:
-        for of, first in zip(kinds, [0, *itertools.accumulate(columns)], strict=False):
-            kernels.square(of, m.unit, squares, first)
-    norm = squares.sum(1).sqrt() / m.unit
-    factors = torch.where(norm.isfinite(), (m.clip / (norm + EPS)).clamp(max=1), 0.0)
-    for of in kinds:
-        kernels.release(of, factors, Numbers.of(m, bits))
-    return released
-
-
-def add_noise_(kernels: Kernels, sums: Sequence[Tensor], m: Mechanism, bits: Source) -> None:
-    """The op `fastdistill::add_noise_`: each sum is the one sample of its tensor."""
-    dense = [x.contiguous() for x in sums]
-    flat = [x.view(1, -1) for x in dense]
-    for of in alike(flat, [x[0] for x in flat], bits, GRADIENT_NOISE):
-        _release_sum(kernels, of, m, bits)
-    for x, y in zip(sums, dense, strict=True):
-        if x is not y:
-            x.copy_(y)
-
-
-def _release_sum(kernels: Kernels, of: Tensors, m: Mechanism, bits: Source) -> None:
-    """As if a sum were one sample, whose factor is 1 and which has no grid of its own."""
-    one = torch.ones(1, dtype=torch.float64, device=of.x[0].device)
-    kernels.release(of, one, Numbers.of(m._replace(fine=0.0), bits))
-
-
-def noisy_softmax_sum(
-    kernels: Kernels, teachers: Sequence[Tensor], temperature: float, m: Mechanism, bits: Source
-) -> Tensor:
-    """The op `fastdistill::noisy_softmax_sum`."""
-    return _sum_rows(kernels, teachers, 1 / temperature, m, bits, ANSWER_NOISE)
-
-
-def noisy_gradient_sum(
-    kernels: Kernels, teachers: Sequence[Tensor], m: Mechanism, bits: Source
-) -> Tensor:
-    """The op `fastdistill::noisy_gradient_sum`."""
-    return _sum_rows(kernels, teachers, 0.0, m, bits, ROW_GRADIENT_NOISE)
-
-
-def _sum_rows(
-    kernels: Kernels,
-    teachers: Sequence[Tensor],
-    inverse_temperature: float,
-    m: Mechanism,
-    bits: Source,
-    purpose: int,
-) -> Tensor:
-    out = ops.allocate_rows(teachers)
-    if out.numel() == 0:
-        return out
-    rows = _of_one_stride(teachers)
-    sums = torch.empty(out.shape, dtype=torch.float64, device=out.device)
-    exponentials = _MAGIC * EXPONENTIALS if m.grid else 0.0
-    kernels.sum_rows(
-        Rows(
-            rows, addresses(rows), sums,
-            inverse_temperature, exponentials, m.clip, m.unit, _MAGIC * m.fine,
-        )
-    )  # fmt: skip
-    for of in alike([sums.view(1, -1)], [out.view(-1)], bits, purpose):
-        _release_sum(kernels, of, m, bits)
-    return out
-
-
 def _of_one_stride(teachers: Sequence[Tensor]) -> Sequence[Tensor]:
     """The teachers' [rows, cols], their rows dense: without a copy where all have one stride."""
     dense = teachers[0].shape[1] == 1 or all(x.stride(1) == 1 for x in teachers)
     if dense and len({x.stride(0) for x in teachers}) == 1:
         return teachers
     return [x.contiguous() for x in teachers]
+
+
+class Kernels(NamedTuple):
+    """A backend's kernels, and the ops `fastdistill::...` that they make."""
+
+    chunk: int  # elements of a partial sum
+    square: Callable[[Tensors, float, Tensor, int], None]
+    """(of, unit, squares [samples, all chunks], the first of their columns)"""
+    release: Callable[[Tensors, Tensor, Numbers], None]
+    """(of, factors [samples], numbers)"""
+    sum_rows: Callable[[Rows], None]
+
+    def clip_and_noise(
+        self, grad_samples: Sequence[Tensor], m: Mechanism, bits: Source
+    ) -> list[Tensor]:
+        """The op `fastdistill::clip_and_noise` by two kernels."""
+        released = ops.allocate(grad_samples)
+        rows, out = [_rows(x) for x in grad_samples], [y.view(-1) for y in released]
+        kinds = alike(rows, out, bits, GRADIENT_NOISE)
+        samples, columns = len(rows[0]), [sum(of.columns(self.chunk)) for of in kinds]
+        squares = torch.empty((samples, sum(columns)), dtype=torch.float64, device=rows[0].device)
+        if samples:
+            for of, first in zip(kinds, [0, *itertools.accumulate(columns)], strict=False):
+                self.square(of, m.unit, squares, first)
+        norm = squares.sum(1).sqrt() / m.unit
+        factors = torch.where(norm.isfinite(), (m.clip / (norm + EPS)).clamp(max=1), 0.0)
+        for of in kinds:
+            self.release(of, factors, Numbers.of(m, bits))
+        return released
+
+    def add_noise_(self, sums: Sequence[Tensor], m: Mechanism, bits: Source) -> None:
+        """The op `fastdistill::add_noise_`: each sum is the one sample of its tensor."""
+        dense = [x.contiguous() for x in sums]
+        flat = [x.view(1, -1) for x in dense]
+        for of in alike(flat, [x[0] for x in flat], bits, GRADIENT_NOISE):
+            self._release_sum(of, m, bits)
+        for x, y in zip(sums, dense, strict=True):
+            if x is not y:
+                x.copy_(y)
+
+    def _release_sum(self, of: Tensors, m: Mechanism, bits: Source) -> None:
+        """As if a sum were one sample, whose factor is 1 and which has no grid of its own."""
+        one = torch.ones(1, dtype=torch.float64, device=of.x[0].device)
+        self.release(of, one, Numbers.of(m._replace(fine=0.0), bits))
+
+    def noisy_softmax_sum(
+        self, teachers: Sequence[Tensor], temperature: float, m: Mechanism, bits: Source
+    ) -> Tensor:
+        """The op `fastdistill::noisy_softmax_sum`."""
+        return self._sum_rows(teachers, 1 / temperature, m, bits, ANSWER_NOISE)
+
+    def noisy_gradient_sum(self, teachers: Sequence[Tensor], m: Mechanism, bits: Source) -> Tensor:
+        """The op `fastdistill::noisy_gradient_sum`."""
+        return self._sum_rows(teachers, 0.0, m, bits, ROW_GRADIENT_NOISE)
+
+    def _sum_rows(
+        self,
+        teachers: Sequence[Tensor],
+        inverse_temperature: float,
+        m: Mechanism,
+        bits: Source,
+        purpose: int,
+    ) -> Tensor:
+        out = ops.allocate_rows(teachers)
+        if out.numel() == 0:
+            return out
+        rows = _of_one_stride(teachers)
+        sums = torch.empty(out.shape, dtype=torch.float64, device=out.device)
+        exponentials = _MAGIC * EXPONENTIALS if m.grid else 0.0
+        self.sum_rows(
+            Rows(
+                rows, addresses(rows), sums,
+                inverse_temperature, exponentials, m.clip, m.unit, _MAGIC * m.fine,
+            )
+        )  # fmt: skip
+        for of in alike([sums.view(1, -1)], [out.view(-1)], bits, purpose):
+            self._release_sum(of, m, bits)
+        return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,8 +9,7 @@ from torch import Tensor
 
 from fastdistill._native import launch_cuda as _launch
 from fastdistill.privacy import gpu
-from fastdistill.privacy.mechanism import Mechanism
-from fastdistill.privacy.source import Source, counter
+from fastdistill.privacy.source import counter
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _CHUNK = 8192  # elements of a partial sum: four rounds of a block's 256 threads
@@ -87,27 +85,6 @@ def _sum_rows(of: gpu.Rows) -> None:
     )
 
 
-def _kernels() -> gpu.Kernels:
-    return gpu.Kernels(_CHUNK, _square, _release, _sum_rows)
-
-
-def clip_and_noise(grad_samples: Sequence[Tensor], m: Mechanism, bits: Source) -> list[Tensor]:
-    """The op `fastdistill::clip_and_noise`."""
-    return gpu.clip_and_noise(_kernels(), grad_samples, m, bits)
-
-
-def add_noise_(sums: Sequence[Tensor], m: Mechanism, bits: Source) -> None:
-    """The op `fastdistill::add_noise_`."""
-    gpu.add_noise_(_kernels(), sums, m, bits)
-
-
-def noisy_softmax_sum(
-    teachers: Sequence[Tensor], temperature: float, m: Mechanism, bits: Source
-) -> Tensor:
-    """The op `fastdistill::noisy_softmax_sum`."""
-    return gpu.noisy_softmax_sum(_kernels(), teachers, temperature, m, bits)
-
-
-def noisy_gradient_sum(teachers: Sequence[Tensor], m: Mechanism, bits: Source) -> Tensor:
-    """The op `fastdistill::noisy_gradient_sum`."""
-    return gpu.noisy_gradient_sum(_kernels(), teachers, m, bits)
+_kernels = gpu.Kernels(_CHUNK, _square, _release, _sum_rows)
+clip_and_noise, add_noise_ = _kernels.clip_and_noise, _kernels.add_noise_
+noisy_softmax_sum, noisy_gradient_sum = _kernels.noisy_softmax_sum, _kernels.noisy_gradient_sum

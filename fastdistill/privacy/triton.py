@@ -13,7 +13,6 @@ there; element by element elsewhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -33,8 +32,8 @@ from fastdistill._triton import (
     vectors,
 )
 from fastdistill.privacy import gpu, reference
-from fastdistill.privacy.mechanism import EPS, Mechanism
-from fastdistill.privacy.source import CHACHA20, PHILOX, Source, counter
+from fastdistill.privacy.mechanism import EPS
+from fastdistill.privacy.source import CHACHA20, PHILOX, counter
 
 _LOG, _COS = tl.constexpr(reference.LOG), tl.constexpr(reference.COS)
 _SIN = tl.constexpr(reference.SIN)
@@ -483,27 +482,6 @@ def _sum_rows(of: gpu.Rows) -> None:
         )  # fmt: skip
 
 
-def _kernels() -> gpu.Kernels:
-    return gpu.Kernels(_SQUARE_BLOCK * _SQUARE_STEPS, _square, _release, _sum_rows)
-
-
-def clip_and_noise(grad_samples: Sequence[Tensor], m: Mechanism, bits: Source) -> list[Tensor]:
-    """The op `fastdistill::clip_and_noise`."""
-    return gpu.clip_and_noise(_kernels(), grad_samples, m, bits)
-
-
-def add_noise_(sums: Sequence[Tensor], m: Mechanism, bits: Source) -> None:
-    """The op `fastdistill::add_noise_`."""
-    gpu.add_noise_(_kernels(), sums, m, bits)
-
-
-def noisy_softmax_sum(
-    teachers: Sequence[Tensor], temperature: float, m: Mechanism, bits: Source
-) -> Tensor:
-    """The op `fastdistill::noisy_softmax_sum`."""
-    return gpu.noisy_softmax_sum(_kernels(), teachers, temperature, m, bits)
-
-
-def noisy_gradient_sum(teachers: Sequence[Tensor], m: Mechanism, bits: Source) -> Tensor:
-    """The op `fastdistill::noisy_gradient_sum`."""
-    return gpu.noisy_gradient_sum(_kernels(), teachers, m, bits)
+_kernels = gpu.Kernels(_SQUARE_BLOCK * _SQUARE_STEPS, _square, _release, _sum_rows)
+clip_and_noise, add_noise_ = _kernels.clip_and_noise, _kernels.add_noise_
+noisy_softmax_sum, noisy_gradient_sum = _kernels.noisy_softmax_sum, _kernels.noisy_gradient_sum
