@@ -112,6 +112,18 @@ def test_kd_extreme_logits(backend, dtype, temperature, divergence):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("classes", [5, 33, 100])
+def test_kd_any_class_may_be_the_largest(backend, classes, divergence):
+    """Of either, by so much that the exponentials overflow where a row's maximum is not seen."""
+    s = logits((classes, classes)).fill_diagonal_(1e4)
+    t = logits((classes, classes)).fill_diagonal_(1e4).roll(3, 1)
+    check(
+        backend, s, t, torch.ones(classes), divergence=divergence, reduction="none",
+        labels=torch.arange(classes), hard_weight=0.3,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("temperature", [1e-35, 1e-31, 1e31, 1e35])
 def test_kd_temperatures_beyond_the_range_of_float(backend, temperature):
     s, t = logits((3, 40)), logits((3, 40))

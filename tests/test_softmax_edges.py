@@ -86,6 +86,14 @@ def test_softmax_extreme_logits(backend, dtype, temperature, function):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("classes", [5, 33, 100])
+def test_softmax_any_class_may_be_the_largest(backend, classes, function):
+    """By so much that the exponentials overflow where the row's maximum is not seen."""
+    x = logits((classes, classes)).fill_diagonal_(1e4)
+    check(backend, function, x, 1.0, logits(x.shape, spread=1.0))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("temperature", [1e-35, 1e-31, 1e31, 1e35])
 def test_softmax_temperatures_beyond_the_range_of_float(backend, temperature, function):
     x = logits((3, 40))
